@@ -1,0 +1,3 @@
+"""Sparse autoencoders on language-model activations, trained in closed loop."""
+
+__version__ = "0.1.0"

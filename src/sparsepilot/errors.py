@@ -1,0 +1,42 @@
+"""The errors that a user is meant to read: one line that names the field, its value and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SparsepilotError(Exception):
+    """Base of every error raised on bad input. The entry points print its message alone, without a traceback."""
+
+
+class ConfigError(SparsepilotError):
+    """A configuration value that is wrong by itself or beside another one."""
+
+
+class DataError(SparsepilotError):
+    """An activation cache, a text source or a row of it that cannot be used."""
+
+
+class CheckpointError(SparsepilotError):
+    """A checkpoint or a saved autoencoder that cannot be loaded, or does not belong to this run."""
+
+
+class NonFiniteError(SparsepilotError):
+    """A loss or gradient that is NaN or infinite; the message names the step, the rows and the term."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A clause to append to an error: the known names closest to `name`, or all of them when none is close.
+
+    >>> nearest("model.layer.9", ["model.layers.9", "model.norm"])
+    "did you mean 'model.layers.9'?"
+    >>> nearest("zzz", ["relu", "topk"])
+    'known: relu, topk'
+    """
+    options = list(known)
+    close = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
+    if close:
+        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+    shown = ", ".join(options[:12]) + (", ..." if len(options) > 12 else "")
+    return f"known: {shown}"

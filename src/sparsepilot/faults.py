@@ -1,0 +1,32 @@
+"""Named places where a test may kill the process, so that crash safety is tested at the exact instant that matters.
+
+`SPARSEPILOT_FAULT="checkpoint-write:3"` sends SIGKILL to this process the third time it passes
+`point("checkpoint-write")`. Unset, a point is one dictionary look-up. `SPARSEPILOT_FAULT_LOG=<file>` appends the
+name of the point that fired, so that a campaign can tell where its kills fell.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+_passed: dict[str, int] = {}
+
+
+def point(name: str) -> None:
+    """Dies here if the environment asks for it."""
+    wanted = os.environ.get("SPARSEPILOT_FAULT")
+    if not wanted:
+        return
+    target, _, nth = wanted.partition(":")
+    if target != name:
+        return
+    _passed[name] = _passed.get(name, 0) + 1
+    if _passed[name] == int(nth or 1):
+        log = os.environ.get("SPARSEPILOT_FAULT_LOG")
+        if log:
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(name + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        os.kill(os.getpid(), signal.SIGKILL)
