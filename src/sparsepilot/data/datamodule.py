@@ -1,0 +1,120 @@
+"""The data side of a run: opens the cache, deals out loaders, and guards the position on resume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from lightning import LightningDataModule
+
+from sparsepilot.data.cache import Cache
+from sparsepilot.data.loader import TrainLoader, ValLoader, streams_of_rank
+from sparsepilot.data.order import Order
+from sparsepilot.data.window import window_rows_per_stream
+from sparsepilot.errors import CheckpointError, ConfigError, DataError
+
+
+class ActivationData(LightningDataModule):
+    """Rows of a sealed activation cache, several sites side by side.
+
+    `window_mb` is the shuffle window of all streams over all ranks, in MiB of stored rows. `expect_widths` (site ->
+    width), where given, must be what the cache holds. `start_sample` may be set until `train_dataloader()` is called.
+
+    Raises DataError (cache, sites, widths) and ConfigError (sizes) on construction.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        sites: Sequence[str],
+        num_streams: int = 64,
+        window_mb: int = 1024,
+        prefetch_batches: int = 4,
+        val_batch: int = 4096,
+        val_rows: int | None = None,
+        *,
+        batch: int,
+        accumulate: int,
+        total_samples: int,
+        seed: int,
+        expect_widths: dict[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        if not sites:
+            raise ConfigError("sites=[] names nothing to read; name at least one site of the cache")
+        if len(set(sites)) < len(sites):
+            raise ConfigError(f"sites={list(sites)} names a site twice")
+        self.sites = list(sites)
+        self.cache = Cache(path, self.sites)
+        widths = self.cache.widths
+        for site, wanted in (expect_widths or {}).items():
+            if widths.get(site) != wanted:
+                raise DataError(f"{path}: site {site!r} is {widths.get(site)} wide, {wanted} is wanted")
+        self.site_slices: dict[str, slice] = {}
+        self.d_in = 0
+        for site in self.sites:
+            self.site_slices[site] = slice(self.d_in, self.d_in + widths[site])
+            self.d_in += widths[site]
+        self.num_streams, self.seed = num_streams, seed
+        self.prefetch_batches, self.val_batch, self.val_rows = prefetch_batches, val_batch, val_rows
+        self.batch, self.accumulate, self.total_samples = batch, accumulate, total_samples
+        window = window_rows_per_stream(window_mb, num_streams, [widths[s] for s in self.sites], self.cache.dtype)
+        self.order = Order(self.cache.num_train_rows, self.cache.chunk_rows, num_streams, window, seed)
+        self.start_sample = 0
+        self._loader(0, 1)  # refuses a batch that does not divide before anything is built
+
+    def train_dataloader(self) -> TrainLoader:
+        """This rank's micro-batches from `start_sample` to the end of the run."""
+        return self._loader(*self._rank_and_world())
+
+    def val_dataloader(self) -> ValLoader | list[Any]:
+        """This rank's validation rows; no loader where the cache has no such rows."""
+        rank, world = self._rank_and_world()
+        if self.cache.num_val_rows == 0:
+            return []
+        return ValLoader(self.cache, self.sites, self.val_batch, self.val_rows, rank, world, self.prefetch_batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rank-free: where the run is on the sample clock, and what the order of rows hangs on."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        samples = self.start_sample if module is None else cast(int, module.samples)
+        return {"samples": samples, **self._identity()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where `state_dict` stood; CheckpointError, naming the field, when that was another order of rows."""
+        for name, here in self._identity().items():
+            if state_dict.get(name) != here:
+                raise CheckpointError(
+                    f"data.{name} is {here!r} and was {state_dict.get(name)!r} in the checkpoint; the order of rows "
+                    "hangs on it: restore it, or start over with resume=never"
+                )
+        self.order.per_stream(state_dict["samples"], "samples")
+        self.start_sample = int(state_dict["samples"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "num_streams": self.num_streams,
+            "window_rows_per_stream": self.order.window_rows_per_stream,
+            "fingerprint": self.cache.fingerprint,
+        }
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        streams_of_rank(self.num_streams, self.trainer.global_rank, self.trainer.world_size)
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def _loader(self, rank: int, world: int) -> TrainLoader:
+        return TrainLoader(
+            self.cache,
+            self.sites,
+            self.order,
+            self.batch,
+            self.accumulate,
+            self.total_samples,
+            self.start_sample,
+            rank,
+            world,
+            self.prefetch_batches,
+        )

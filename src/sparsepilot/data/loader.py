@@ -1,0 +1,164 @@
+"""Batches for training and validation. The only state is the position on the sample clock, which the caller keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sparsepilot.data.cache import Cache
+from sparsepilot.data.dtypes import batch_dtype
+from sparsepilot.data.order import Order
+from sparsepilot.data.prefetch import Prefetcher
+from sparsepilot.data.window import StreamWindow
+from sparsepilot.errors import ConfigError, DataError
+from sparsepilot.types import Batch
+
+
+def streams_of_rank(num_streams: int, rank: int, world: int) -> range:
+    """The streams that one rank reads: [rank S / world, (rank + 1) S / world).
+
+    ConfigError, naming the world sizes that do, when world does not divide S.
+    """
+    if not 0 <= rank < world:
+        raise ConfigError(f"rank={rank} of world={world}; ranks go from 0 to {world - 1}")
+    if num_streams % world:
+        allowed = ", ".join(str(w) for w in range(1, num_streams + 1) if num_streams % w == 0)
+        raise ConfigError(f"world size {world} does not divide num_streams={num_streams}; allowed: {allowed}")
+    per_rank = num_streams // world
+    return range(rank * per_rank, (rank + 1) * per_rank)
+
+
+class _Loader:
+    """What both loaders share: batches made by a prefetch thread, and the waiting time."""
+
+    def __init__(self, prefetch_batches: int) -> None:
+        self.prefetch_batches = prefetch_batches
+        self.waited_s = 0.0
+        """Seconds that the consumer has waited for data, over all iterations"""
+        self.fetched = 0
+        """Batches that the consumer has got, over all iterations"""
+
+    def __iter__(self) -> Iterator[Batch]:
+        with Prefetcher(self._batches, self.prefetch_batches) as batches:
+            while True:
+                before = batches.waited_s
+                batch = next(batches, None)
+                self.waited_s += batches.waited_s - before
+                if batch is None:
+                    return
+                self.fetched += 1
+                yield batch
+
+    def _batches(self) -> Iterator[Batch]:
+        raise NotImplementedError
+
+
+class TrainLoader(_Loader):
+    """This rank's micro-batches from `start_sample` to `total_samples`, in the given order.
+
+    Micro-batch m of a global batch takes batch / (num_streams accumulate) consecutive rows of each of this rank's
+    streams, stream after stream: x_BD is [batch / (world accumulate), sum of widths] in the stored dtype (fp32 for
+    int8), the sites in the order of `sites`. Batches that do not fit whole into `total_samples` are left out.
+
+    Memory: the windows of this rank's streams (`window_bytes`, filled before the first batch comes) and
+    prefetch_batches + 2 micro-batches.
+
+    Raises ConfigError when batch, accumulate, world or start_sample do not divide; DataError on damaged data, from
+    the iterator.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        sites: Sequence[str],
+        order: Order,
+        batch: int,
+        accumulate: int,
+        total_samples: int,
+        start_sample: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        prefetch_batches: int = 4,
+    ) -> None:
+        super().__init__(prefetch_batches)
+        self.streams = streams_of_rank(order.num_streams, rank, world)
+        if accumulate < 1 or batch < 1 or batch % (order.num_streams * accumulate):
+            unit = order.num_streams * max(1, accumulate)
+            near = max(unit, round(batch / unit) * unit)
+            raise ConfigError(
+                f"batch={batch} is not a multiple of num_streams * accumulate = {order.num_streams} * {accumulate} = "
+                f"{unit}; the nearest that is: {near}"
+            )
+        order.per_stream(start_sample, "start_sample")
+        if order.num_rows != cache.num_train_rows or order.chunk_rows != cache.chunk_rows:
+            raise DataError(
+                f"{cache.path}: has {cache.num_train_rows} training rows in chunks of {cache.chunk_rows}, the order is "
+                f"for {order.num_rows} in chunks of {order.chunk_rows}"
+            )
+        self.cache, self.sites, self.order = cache, list(sites), order
+        self.batch, self.accumulate = batch, accumulate
+        self.total_samples, self.start_sample = total_samples, start_sample
+
+    def __len__(self) -> int:
+        """Micro-batches from `start_sample` to the end."""
+        return max(0, self.total_samples - self.start_sample) // self.batch * self.accumulate
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of stored rows that this rank holds at most."""
+        row = sum(self.cache.row_bytes(site) for site in self.sites)
+        return sum(min(self.order.window_rows_per_stream, self.order.stream_rows(s)) * row for s in self.streams)
+
+    def _batches(self) -> Iterator[Batch]:
+        windows = [StreamWindow(self.cache, self.sites, self.order, stream) for stream in self.streams]
+        count = self.batch // (self.order.num_streams * self.accumulate)  # rows per stream and micro-batch
+        width = sum(self.cache.widths[site] for site in self.sites)
+        start = self.start_sample // self.order.num_streams
+        for micro in range(len(self)):
+            x_BD = torch.empty(count * len(windows), width, dtype=batch_dtype(self.cache.dtype))
+            for i, window in enumerate(windows):
+                window.take(start + micro * count, x_BD[i * count : (i + 1) * count])
+            yield Batch(x_BD, self.start_sample + micro // self.accumulate * self.batch)
+
+
+class ValLoader(_Loader):
+    """This rank's share of the first `num_rows` validation rows (None: all), in cache order.
+
+    Every row comes exactly once over all ranks, and every rank gives the same number of batches (collectives in a
+    validation step would hang otherwise): rank r reads the r-th of `world` equal ranges, cut into equal batches of
+    at most `batch` rows on this rank. `first_sample` is the batch's first row among the validation rows.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        sites: Sequence[str],
+        batch: int,
+        num_rows: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        prefetch_batches: int = 4,
+    ) -> None:
+        super().__init__(prefetch_batches)
+        self.cache, self.sites = cache, list(sites)
+        total = cache.num_val_rows if num_rows is None else min(num_rows, cache.num_val_rows)
+        if total < world:
+            raise DataError(f"{cache.path}: {total} validation rows for {world} ranks; each rank needs at least one")
+        if batch < 1:
+            raise ConfigError(f"val_batch={batch}; at least 1 is needed")
+        self.rows = range(rank * total // world, (rank + 1) * total // world)
+        self._num_batches = math.ceil(math.ceil(total / world) / batch)
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def _batches(self) -> Iterator[Batch]:
+        for i in range(len(self)):
+            first = self.rows.start + i * len(self.rows) // len(self)
+            last = self.rows.start + (i + 1) * len(self.rows) // len(self)
+            offset = self.cache.num_train_rows
+            parts: list[Tensor] = [self.cache.read(site, offset + first, offset + last) for site in self.sites]
+            yield Batch(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), first)

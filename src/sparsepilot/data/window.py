@@ -1,0 +1,89 @@
+"""The rows of one stream that are in memory: one shuffled block, refilled in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsepilot.data.cache import Cache
+from sparsepilot.data.dtypes import dequantize, row_bytes
+from sparsepilot.data.order import Block, Order
+from sparsepilot.errors import ConfigError
+
+
+def window_rows_per_stream(window_mb: int, num_streams: int, widths: Sequence[int], dtype: str) -> int:
+    """Rows per stream with which all streams' windows together hold at most `window_mb` MiB of stored rows.
+
+    It does not depend on the number of ranks, because the order of rows hangs on it; of R ranks each holds 1/R of it.
+    """
+    row = sum(row_bytes(width, dtype) for width in widths)
+    rows = window_mb * 2**20 // (num_streams * row)
+    if rows < 1:
+        need = -(-num_streams * row // 2**20)
+        raise ConfigError(
+            f"window_mb={window_mb} holds not one row of {row} bytes per stream; at least {need} is needed"
+        )
+    return rows
+
+
+class StreamWindow:
+    """Gives the rows of one stream in order, holding one block of it.
+
+    A block is dropped before the next one is read into the same memory, so a window never holds more than
+    min(w, n_s) rows, whatever is being read. Blocks are read as whole slabs, rows are picked in memory.
+    """
+
+    def __init__(self, cache: Cache, sites: Sequence[str], order: Order, stream: int) -> None:
+        self._cache = cache
+        self._order = order
+        self._stream = stream
+        capacity = min(order.window_rows_per_stream, order.stream_rows(stream))
+        self._memory = {site: cache.empty(site, capacity) for site in sites}
+        self._scales = {site: torch.empty(capacity) for site in sites} if cache.dtype == "int8" else {}
+        self._block: Block | None = None
+        self._shuffle = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of stored rows that this window can hold."""
+        return sum(m.nbytes for m in (*self._memory.values(), *self._scales.values()))
+
+    def take(self, start: int, out_BD: Tensor) -> None:
+        """Fills `out_BD` with the stream's rows from number `start` on, the sites side by side."""
+        done = 0
+        while done < len(out_BD):
+            block = self._hold(start + done)
+            count = min(len(out_BD) - done, block.stop - start - done)
+            place = start + done - block.start
+            self._gather(self._shuffle[place : place + count], out_BD[done : done + count])
+            done += count
+
+    def _gather(self, which_B: Tensor, out_BD: Tensor) -> None:
+        column = 0
+        for site, memory_ND in self._memory.items():
+            width = memory_ND.shape[1]
+            target_BD = out_BD[:, column : column + width]
+            if self._scales:
+                target_BD.copy_(dequantize(memory_ND[which_B], self._scales[site][which_B]))
+            elif target_BD.is_contiguous():
+                torch.index_select(memory_ND, 0, which_B, out=target_BD)
+            else:
+                target_BD.copy_(memory_ND.index_select(0, which_B))
+            column += width
+
+    def _hold(self, t: int) -> Block:
+        if self._block is None or not self._block.start <= t < self._block.stop:
+            self._block = None  # a failed read must not leave half a block that looks like a whole one
+            block = self._order.block_at(self._stream, t)
+            filled = 0
+            for first, last in self._order.slabs(block):
+                for site, memory_ND in self._memory.items():
+                    self._cache.read_into(site, first, memory_ND[filled : filled + last - first])
+                    if self._scales:
+                        self._scales[site][filled : filled + last - first] = self._cache.scales(site, first, last)
+                filled += last - first
+            self._shuffle = torch.from_numpy(self._order.shuffle(block))
+            self._block = block
+        return self._block
