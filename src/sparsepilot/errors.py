@@ -29,7 +29,7 @@ class NonFiniteError(SparsepilotError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """A clause to append to an error: the known names closest to `name`, or all of them when none is close.
 
-    >>> nearest("model.layer.9", ["model.layers.9", "model.norm"])
+    >>> nearest("model.layer.9", ["model.layers.9", "lm_head"])
     "did you mean 'model.layers.9'?"
     >>> nearest("zzz", ["relu", "topk"])
     'known: relu, topk'

@@ -110,7 +110,11 @@ class Cache:
         """Rows [start, stop) of a site: [stop - start, d] in the stored dtype; int8 is decoded to fp32."""
         code_BD = self.empty(site, stop - start)
         self.read_into(site, start, code_BD)
-        return code_BD if self.dtype != "int8" else dequantize(code_BD, self.scales(site, start, stop))
+        if self.dtype != "int8":
+            return code_BD
+        scale_B = torch.empty(stop - start)
+        self.read_scales_into(site, start, scale_B)
+        return dequantize(code_BD, scale_B)
 
     def empty(self, site: str, num_rows: int) -> Tensor:
         """Uninitialised memory for stored rows of a site."""
@@ -121,9 +125,10 @@ class Cache:
         self._width(site)
         self._read(layout.site_array(site), start, as_numpy(out_BD))
 
-    def scales(self, site: str, start: int, stop: int) -> Tensor:
-        """Scales [stop - start] fp32 of int8 rows."""
-        return torch.from_numpy(self._labels(layout.scale_array(site), start, stop))
+    def read_scales_into(self, site: str, start: int, out_B: Tensor) -> None:
+        """Fills `out_B` (fp32) with the scales of the int8 rows from `start` on."""
+        self._width(site)
+        self._read(layout.scale_array(site), start, out_B.numpy())
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Token ids of rows [start, stop), int32."""

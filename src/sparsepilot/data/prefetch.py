@@ -6,7 +6,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -58,12 +59,13 @@ class _Channel(Generic[T]):
             self._changed.notify_all()
 
 
-def _produce(make: Callable[[], Iterator[T]], channel: _Channel[T]) -> None:
+def _produce(make: Callable[[], Generator[T]], channel: _Channel[T]) -> None:
     # Knows the channel only, never the Prefetcher: else a forgotten Prefetcher would be kept alive by its own thread.
     try:
-        for item in make():
-            if not channel.put(item):
-                return
+        with closing(make()) as items:
+            for item in items:
+                if not channel.put(item):
+                    return
     except BaseException as error:  # whatever it is belongs to the consumer
         channel.end(error)
     else:
@@ -83,7 +85,7 @@ class Prefetcher(Iterator[T]):
     `with` block, garbage collection and the end of the program all stop the thread and wait for it.
     """
 
-    def __init__(self, make: Callable[[], Iterator[T]], depth: int) -> None:
+    def __init__(self, make: Callable[[], Generator[T]], depth: int) -> None:
         self.waited_s = 0.0
         """Seconds that the consumer spent waiting in `next`"""
         self._channel: _Channel[T] = _Channel(max(1, depth))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from concurrent.futures import Executor
 
 import torch
 from torch import Tensor
@@ -35,10 +37,11 @@ class StreamWindow:
     min(w, n_s) rows, whatever is being read. Blocks are read as whole slabs, rows are picked in memory.
     """
 
-    def __init__(self, cache: Cache, sites: Sequence[str], order: Order, stream: int) -> None:
+    def __init__(self, cache: Cache, sites: Sequence[str], order: Order, stream: int, pool: Executor) -> None:
         self._cache = cache
         self._order = order
         self._stream = stream
+        self._pool = pool
         capacity = min(order.window_rows_per_stream, order.stream_rows(stream))
         self._memory = {site: cache.empty(site, capacity) for site in sites}
         self._scales = {site: torch.empty(capacity) for site in sites} if cache.dtype == "int8" else {}
@@ -73,17 +76,22 @@ class StreamWindow:
                 target_BD.copy_(memory_ND.index_select(0, which_B))
             column += width
 
+    def _read_slab(self, slab: tuple[int, int], place: int) -> None:
+        first, last = slab
+        where = slice(place, place + last - first)
+        for site, memory_ND in self._memory.items():
+            self._cache.read_into(site, first, memory_ND[where])
+            if self._scales:
+                self._cache.read_scales_into(site, first, self._scales[site][where])
+
     def _hold(self, t: int) -> Block:
         if self._block is None or not self._block.start <= t < self._block.stop:
             self._block = None  # a failed read must not leave half a block that looks like a whole one
             block = self._order.block_at(self._stream, t)
-            filled = 0
-            for first, last in self._order.slabs(block):
-                for site, memory_ND in self._memory.items():
-                    self._cache.read_into(site, first, memory_ND[filled : filled + last - first])
-                    if self._scales:
-                        self._scales[site][filled : filled + last - first] = self._cache.scales(site, first, last)
-                filled += last - first
+            slabs = self._order.slabs(block)
+            places = itertools.accumulate((last - first for first, last in slabs), initial=0)
+            # list() waits for all of them and raises the first error
+            list(self._pool.map(self._read_slab, slabs, places))
             self._shuffle = torch.from_numpy(self._order.shuffle(block))
             self._block = block
         return self._block

@@ -1,0 +1,64 @@
+"""Ctrl-C, SIGTERM and SIGUSR1: finish the step, save, leave."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from sparsepilot.callbacks.checkpoint import CrashSafeCheckpoint
+from sparsepilot.callbacks.steps import ended_optimizer_step
+from sparsepilot.training.module import TrainingModule
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopAtStep(Checkpoint):
+    """A signal sets a flag; at the end of the step the ranks agree, save once and exit with status 0.
+
+    Lightning's own handling saves inside the signal handler, in the middle of a step. A second Ctrl-C stops at once, as
+    users expect.
+    """
+
+    def __init__(self, checkpoint: CrashSafeCheckpoint) -> None:
+        self._checkpoint = checkpoint
+        self._asked = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes over the signals for as long as training lasts."""
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Leaves between two steps, when asked."""
+        assert isinstance(pl_module, TrainingModule)
+        if not ended_optimizer_step(trainer):
+            return
+        if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+            if self._checkpoint.saved_samples != pl_module.samples:
+                self._checkpoint.save(trainer, pl_module)
+            self._restore()
+            raise SystemExit(0)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gives the signals back."""
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Gives the signals back."""
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()

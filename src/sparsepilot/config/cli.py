@@ -1,0 +1,68 @@
+"""How an entry point ends when the user's input is wrong: one line, no traceback, exit status 2."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf.errors import OmegaConfBaseException
+
+from sparsepilot.config.resolvers import register_resolvers
+from sparsepilot.config.schema import register
+from sparsepilot.errors import SparsepilotError, nearest
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a `@hydra.main` function, whose own body is `with user_errors():`."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions to us instead of printing them
+    register()
+    register_resolvers()
+    with user_errors():
+        main()
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns an error that the user is meant to read into one line and exit status 2.
+
+    Around the body of a job as well, because Hydra announces every other exception in words of its own.
+    `SPARSEPILOT_TRACEBACK=1` shows where the error came from.
+    """
+    try:
+        yield
+    except (SparsepilotError, HydraException, OmegaConfBaseException) as error:
+        if os.environ.get("SPARSEPILOT_TRACEBACK"):
+            traceback.print_exc()
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def one_line(error: BaseException) -> str:
+    """The message that a user reads: what is wrong, where, and what would be right."""
+    if isinstance(error, SparsepilotError):
+        return " ".join(str(error).split())
+    if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={name}: there is no conf/{error.missing_cfg_file}.yaml; {nearest(name, error.options)}"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return _omegaconf_line(cause)
+    return re.sub(r"\s*\n\s*", "; ", str(error).strip())
+
+
+def _omegaconf_line(error: OmegaConfBaseException) -> str:
+    first = str(error.msg or error).splitlines()[0]
+    unknown = re.match(r"Key '(.+)' (?:is not in struct|not in '.+')", first)
+    if unknown is None:
+        return f"{error.full_key}: {first}"
+    parent: Any = error.parent_node
+    known = [str(key) for key in parent] if parent is not None else []
+    return f"{error.full_key}: there is no such field; {nearest(unknown[1], known)}"

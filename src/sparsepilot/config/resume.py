@@ -1,0 +1,54 @@
+"""Whether a run may go on under a changed configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from sparsepilot.errors import ConfigError
+
+FREE = ("trainer", "logger", "callbacks", "threads", "run_dir", "resume", "check", "accumulate", "lm", "text",
+        "data.path", "data.prefetch_batches", "data.val_batch", "data.build")  # fmt: skip
+"""Fields that change neither what is learned nor in which order; `data.path` because the fingerprint is compared too."""
+
+
+class Change(NamedTuple):
+    """One field that differs."""
+
+    field: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.was!r} -> {self.now!r}"
+
+
+def allowed_changes(was: dict[str, Any], now: dict[str, Any]) -> list[Change]:
+    """The differences between a run's configuration and the one that it is started with again.
+
+    Raises:
+        ConfigError: naming every difference that would make it another run.
+    """
+    changes = list(_differences("", was, now))
+    refused = [change for change in changes if not _is_allowed(change)]
+    if refused:
+        listed = "; ".join(str(change) for change in refused)
+        raise ConfigError(
+            f"this run was begun with another configuration ({listed}); it can go on only as it was, or begin anew: set "
+            "another run_dir, or resume=never"
+        )
+    return changes
+
+
+def _is_allowed(change: Change) -> bool:
+    if change.field == "samples":
+        return bool(change.now >= change.was)
+    return any(change.field == name or change.field.startswith(name + ".") for name in FREE)
+
+
+def _differences(prefix: str, was: Any, now: Any) -> Iterator[Change]:
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in [*was, *(k for k in now if k not in was)]:
+            yield from _differences(f"{prefix}.{key}" if prefix else str(key), was.get(key), now.get(key))
+    elif was != now:
+        yield Change(prefix, was, now)

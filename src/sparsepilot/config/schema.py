@@ -1,0 +1,69 @@
+"""The typed top level of a configuration. Groups (model, data, ...) are typed by the signature of what they build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+class Resume(Enum):
+    """What to do where the run folder already holds a run."""
+
+    auto = "auto"
+    """go on where it stopped"""
+    never = "never"
+    """leave it alone and begin in a fresh folder beside it"""
+
+
+@dataclass
+class Callbacks:
+    """When things happen, in optimizer steps, samples or minutes."""
+
+    log_every_steps: int = MISSING
+    validate_every_samples: int | None = MISSING
+    """None: twenty times in the run"""
+    checkpoint_every_minutes: float = MISSING
+    checkpoint_every_samples: int | None = MISSING
+    keep_last: int = MISSING
+    keep_best: int = MISSING
+    best_by: str = MISSING
+
+
+@dataclass
+class Config:
+    """Everything that `train.py` reads."""
+
+    model: Any = MISSING
+    controller: Any = MISSING
+    optimizer: Any = MISSING
+    schedule: Any = MISSING
+    data: Any = MISSING
+    lm: Any = MISSING
+    text: Any = MISSING
+    trainer: Any = MISSING
+    logger: Any = MISSING
+    callbacks: Callbacks = field(default_factory=Callbacks)
+
+    samples: int = MISSING
+    """the budget: rows to train on, over all ranks"""
+    batch: int = MISSING
+    """rows per optimizer step, over all ranks and micro-batches"""
+    accumulate: int = MISSING
+    """micro-batches per optimizer step on each rank"""
+    clip_norm: float | None = MISSING
+    seed: int = MISSING
+    threads: int | None = MISSING
+    """CPU threads of torch; None leaves its own choice"""
+    run_dir: str = MISSING
+    resume: Resume = MISSING
+    check: bool = MISSING
+    """compose, build, run one batch, print sizes, stop"""
+
+
+def register() -> None:
+    """Makes the schema known to Hydra under the name `schema`; conf/train.yaml puts it first."""
+    ConfigStore.instance().store(name="schema", node=Config)

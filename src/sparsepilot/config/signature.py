@@ -1,0 +1,94 @@
+"""A group's schema is the signature of what it builds: one place to write a field, its type and its range."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, get_type_hints
+
+from hydra.utils import get_object
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
+
+from sparsepilot.errors import ConfigError, nearest
+
+HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+
+
+def check_target(group: str, node: Mapping[str, Any], given: Collection[str] = ()) -> None:
+    """Checks a node with a `_target_` as `check_fields` does.
+
+    Raises ConfigError when the target cannot be imported, too.
+    """
+    try:
+        target = get_object(node["_target_"])
+    except Exception as error:
+        raise ConfigError(f"{group}._target_ = {node['_target_']!r}: cannot be imported ({error})") from error
+    check_fields(group, node, target, given)
+
+
+def check_fields(group: str, node: Mapping[str, Any], target: Callable[..., Any], given: Collection[str] = ()) -> None:
+    """Checks names, types and ranges of a group against the parameters of `target`.
+
+    Args:
+        group: dotted name, for the message.
+        node: the group's plain values.
+        target: the class or function that will take them.
+        given: parameters that the code supplies, which a configuration must not set.
+
+    Raises:
+        ConfigError: on the first field that is unknown, missing, of the wrong type or out of range.
+    """
+    parameters = {name: p for name, p in inspect.signature(target).parameters.items() if name not in ("self", *given)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    hints = _hints(target)
+    for key, value in node.items():
+        if key in HYDRA_KEYS:
+            continue
+        if key not in parameters:
+            if takes_any:
+                continue
+            raise ConfigError(f"{group}.{key} = {value!r}: there is no such field; {nearest(key, parameters)}")
+        _check_value(f"{group}.{key}", value, hints.get(key, Any))
+    for key, parameter in parameters.items():
+        required = parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_KEYWORD,
+            parameter.VAR_POSITIONAL,
+        )
+        if required and key not in node and not node.get("_partial_"):
+            raise ConfigError(f"{group}.{key}: missing; set {group}.{key}=...")
+
+
+def _check_value(name: str, value: Any, hint: Any) -> None:
+    if value == "???":
+        raise ConfigError(f"{name}: missing; set {name}=...")
+    try:
+        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except (PydanticSchemaGenerationError, TypeError):
+        return  # a type of somebody else's that pydantic cannot read: its owner will check it
+    except Exception as error:
+        if type(error).__name__ != "PydanticUserError":  # the adapter takes no config where the type brings its own
+            raise
+        adapter = TypeAdapter(hint)
+    try:
+        adapter.validate_python(value, strict=not _wants_float(value))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{name} = {value!r}: {_lower(first['msg'])}") from error
+
+
+def _wants_float(value: Any) -> bool:
+    # YAML 1.1 reads 1e-3 as text; OmegaConf turns such text into floats already, so numbers only widen: 1 -> 1.0
+    return isinstance(value, int | float | list) and not isinstance(value, bool)
+
+
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        return get_type_hints(function, include_extras=True)
+    except (NameError, TypeError):
+        return {}
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]

@@ -1,0 +1,46 @@
+"""Firing density: on which share of the rows each latent is active."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+LOG10_EDGES = tuple(-6 + 0.25 * i for i in range(25))
+"""Edges of the histogram's 24 bins, in log10 of density, from 1e-6 to 1."""
+
+
+class FiringDensity(Metric):
+    """Counts firings per latent; gives density per latent and its histogram over log10.
+
+    >>> metric = FiringDensity(d_sae=4)
+    >>> metric.update(torch.tensor([[0, 1], [0, 2]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
+    >>> metric.compute().tolist()
+    [1.0, 0.5, 0.0, 0.0]
+    """
+
+    full_state_update = False
+    num_fired_F: Tensor
+    num_rows: Tensor
+
+    def __init__(self, d_sae: int) -> None:
+        super().__init__()
+        self.add_state("num_fired_F", torch.zeros(d_sae, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("num_rows", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, ids_BK: Tensor, codes_BK: Tensor) -> None:
+        """ids_BK, codes_BK: [B, K] latent ids and their codes; a slot with code 0 did not fire."""
+        fired_BK = (codes_BK > 0).to(torch.int64)
+        self.num_fired_F.scatter_add_(0, ids_BK.reshape(-1), fired_BK.reshape(-1))
+        self.num_rows += codes_BK.shape[0]
+
+    def compute(self) -> Tensor:
+        """[F] float64 densities."""
+        return self.num_fired_F.double() / self.num_rows
+
+    def histogram(self) -> list[int]:
+        """Latents per bin of `LOG10_EDGES`; those that never fired are in no bin, those below the first edge in the first."""
+        density_F = self.compute()
+        logs = density_F[density_F > 0].log10().clamp(LOG10_EDGES[0], LOG10_EDGES[-1])
+        counts = torch.histogram(logs.cpu(), torch.tensor(LOG10_EDGES, dtype=torch.float64)).hist
+        return [int(c) for c in counts]

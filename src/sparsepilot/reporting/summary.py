@@ -1,0 +1,56 @@
+"""What a person reads at the end of a run, and before one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sparsepilot.run_folder import RunFolder
+
+
+def print_end(console: Console, folder: RunFolder, summary: Mapping[str, Any], d_sae: int) -> None:
+    """The result table and the commands to try next."""
+    metrics = summary["metrics"]
+    table = Table(title="result", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    rows = [
+        ("L0 (validation)", _number(metrics.get("val/l0"))),
+        ("FVU (validation)", _number(metrics.get("val/fvu"))),
+        ("dead latents", f"{metrics.get('train/dead_latents', 0):,} of {d_sae:,}"),
+        ("silent over a whole pass", f"{metrics['val/silent_latents']:,}" if "val/silent_latents" in metrics else "-"),
+        ("samples", f"{summary['samples']:,}"),
+        ("samples/s", f"{summary['samples_per_s']:,.0f}"),
+        ("run folder", str(folder.path)),
+    ]
+    if "val/recovery" in metrics:
+        rows.insert(2, ("planted features recovered", f"mean cosine {metrics['val/recovery']:.3f}"))
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+    console.print(
+        "next:\n"
+        f"  python train.py run_dir={folder.path} samples={2 * summary['samples']}   # train it for longer\n"
+        "  python train.py model.k=64 model.d_sae=8192                    # another dictionary on the same cache\n"
+        f"  python -c \"import sparsepilot; print(sparsepilot.load('{folder.path}'))\"   # use it",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def print_sizes(console: Console, sizes: Mapping[str, str]) -> None:
+    """The table of `check=true`."""
+    table = Table(title="check passed", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in sizes.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}"
+

@@ -1,0 +1,86 @@
+"""What lies where in a run folder, and how its files are written so that a kill never leaves half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+class RunFolder:
+    """Paths of one run.
+
+    config.yaml       resolved configuration (config-1.yaml, ... are those before a resume changed something)
+    run.json          the run's id and when it was made
+    metrics.jsonl     one row per logged step and per validation: the truth that every picture is drawn from
+    timing.jsonl      wall-clock figures, which differ between two runs that are otherwise equal
+    checkpoints/      last.ckpt points at the newest of samples-*.ckpt
+    sae.safetensors   the trained autoencoder, beside sae.json
+    summary.json      final value of every metric, samples, wall time, versions
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.identity = self.path / "run.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.timing = self.path / "timing.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.summary = self.path / "summary.json"
+
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return self.config.exists()
+
+    def older_config(self) -> Path:
+        """The first free config-N.yaml."""
+        number = 1
+        while (self.path / f"config-{number}.yaml").exists():
+            number += 1
+        return self.path / f"config-{number}.yaml"
+
+
+@contextlib.contextmanager
+def replacing_path(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of `path` only when what was written there is complete and on disk.
+
+    `<name>.tmp` in the same folder is flushed to the device, renamed, and the folder flushed. On an exception the temporary
+    file is removed and the old one stays.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Like `replacing_path`, as an open file."""
+    with replacing_path(path) as temporary, open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        yield file
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and new names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, all or nothing."""
+    with replacing(path) as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")

@@ -1,0 +1,244 @@
+"""The LightningModule: one optimizer step of every trainee, on one clock that counts samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparsepilot import faults
+from sparsepilot.errors import CheckpointError, NonFiniteError
+from sparsepilot.ops.readback import Readback
+from sparsepilot.training.trainee import Trainee
+from sparsepilot.training.validation import Row, Validation
+from sparsepilot.types import Batch
+
+Schedule = Callable[[int, int], float]
+"""(samples, total_samples) -> learning rate"""
+
+LOG_EACH_OF_FIRST_STEPS = 100
+
+
+class TrainingModule(L.LightningModule):
+    """Trains one or more trainees on the same stream of activations.
+
+    Args:
+        trainees: by name; with one alone, metric keys drop its name.
+        validations: the held-out measurement of each trainee, under the same names.
+        optimizer: makes the optimizer from parameter groups; a group's `lr_scale` multiplies the schedule.
+        schedule: the learning rate at a place on the sample clock.
+        batch: rows per optimizer step, over all ranks and micro-batches.
+        total_samples: the budget.
+        clip_norm: each trainee's gradient is scaled down to this norm; None leaves it.
+        log_every_steps: a row of training metrics every so many steps, and at each of the first 100 and the last.
+    """
+
+    def __init__(
+        self,
+        trainees: dict[str, Trainee],
+        validations: dict[str, Validation],
+        optimizer: Callable[[list[dict[str, Any]]], Optimizer],
+        schedule: Schedule,
+        batch: int,
+        total_samples: int,
+        clip_norm: float | None = None,
+        log_every_steps: int = 50,
+    ) -> None:
+        super().__init__()
+        self.trainees = nn.ModuleDict(trainees)
+        self.validations = nn.ModuleDict(validations)
+        self._make_optimizer = optimizer
+        self._schedule = schedule
+        self.batch = batch
+        self.total_samples = total_samples
+        self.clip_norm = clip_norm
+        self.log_every_steps = log_every_steps
+        self.samples = 0
+        """The clock: rows that the parameters have been trained on, over all ranks. A Python int, never a float."""
+        self.train_row: Row | None = None
+        """Metrics of the optimizer step just taken, where they are due."""
+        self.val_row: Row | None = None
+        """Metrics of the last validation."""
+        self._micro_batches: list[Batch] = []
+        self._health = Readback()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.samples // self.batch
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run: the budget, rounded up to whole batches."""
+        return -(-self.total_samples // self.batch)
+
+    def each(self) -> Iterator[tuple[str, Trainee]]:
+        """(key prefix, trainee) pairs; the prefix is empty where there is one trainee."""
+        for name, trainee in self.trainees.items():
+            yield ("" if len(self.trainees) == 1 else f"{name}/"), cast(Trainee, trainee)
+
+    # ------------------------------------------------------------------------------------------------ one step
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One micro-batch: the sum of the trainees' losses (they share no parameter)."""
+        self._micro_batches.append(batch)
+        losses = [trainee(batch.x_BD, self.samples + self.batch) for _, trainee in self.each()]
+        return torch.stack(losses).sum()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """All gradients of the global batch are there: merge the measurements, refuse NaN, project and clip."""
+        vitals = []
+        for _, trainee in self.each():
+            trainee.reduce()
+            trainee.autoencoder.project_gradients()
+            parameters = list(trainee.autoencoder.parameters())
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if self.clip_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+            vitals += [norm.double(), trainee.sums_S.sum()]
+        if self.device.type == "cpu":  # the numbers are here: stop before the step spoils the parameters
+            self._health.begin(torch.stack(vitals))
+            self.refuse_non_finite()
+        else:  # look at the last step's numbers; a checkpoint is written only after its own step was looked at
+            self.refuse_non_finite()
+            self._health.begin(torch.stack(vitals))
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Sets the learning rate from the clock, steps, then moves the clock and the controllers.
+
+        All of it happens before any callback sees the end of the step, so a checkpoint never holds half a step.
+        """
+        lr = self._schedule(self.samples, self.total_samples)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        optimizer.step(closure=optimizer_closure)  # runs the micro-batch's forward and backward, too
+        faults.point("mid-step")
+        self.samples += self.batch
+        self.train_row = self._make_train_row(lr) if self._row_is_due() else None
+        for _, trainee in self.each():
+            trainee.advance(self.samples)
+        self._micro_batches.clear()
+
+    def configure_optimizers(self) -> Optimizer:
+        """One optimizer; each trainee's parameters are groups of their own."""
+        return self._make_optimizer([group for _, trainee in self.each() for group in trainee.parameter_groups()])
+
+    # ------------------------------------------------------------------------------------------------ validation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch of held-out rows to each trainee's validation."""
+        for validation in self.validations.values():
+            cast(Validation, validation).update(batch.x_BD)
+
+    def on_validation_epoch_end(self) -> None:
+        """Closes the validation into `val_row`."""
+        row = self.clock()
+        for (prefix, _), validation in zip(self.each(), self.validations.values(), strict=True):
+            row |= {prefix + key: value for key, value in cast(Validation, validation).finish(self.samples).items()}
+        self.val_row = row
+
+    # ------------------------------------------------------------------------------------------------ rows
+
+    def clock(self) -> Row:
+        """What every row begins with. A token is a sample here: one position, all sites that are read there."""
+        return {"step": self.step, "samples": self.samples, "tokens": self.samples}
+
+    def _row_is_due(self) -> bool:
+        step = self.step
+        return step <= LOG_EACH_OF_FIRST_STEPS or step % self.log_every_steps == 0 or step >= self.total_steps
+
+    def _make_train_row(self, lr: float) -> Row:
+        row = self.clock()
+        for prefix, trainee in self.each():
+            measured = trainee.measurement()
+            row[f"{prefix}train/loss"] = measured.loss
+            for name, value in measured.terms.items():
+                row[f"{prefix}train/loss_{name}"] = value
+            row[f"{prefix}train/l0"] = measured.l0
+            row[f"{prefix}train/fvu"] = measured.fvu
+            row[f"{prefix}train/dead_latents"] = int(trainee.dead.dead_mask().sum())
+            row[f"{prefix}controller/strength"] = trainee.controller.strength
+        row["train/lr"] = lr
+        return row
+
+    # ------------------------------------------------------------------------------------------------ NaN
+
+    def refuse_non_finite(self) -> None:
+        """Raises NonFiniteError where the step last looked at had a NaN or infinite loss or gradient."""
+        vitals = self._health.take()
+        if vitals is None or all(abs(v) < float("inf") for v in vitals):
+            return
+        where = f"step {self.step + 1}, samples {self.samples} to {self.samples + self.batch}"
+        for prefix, trainee in self.each():
+            term = trainee.non_finite_term()
+            if term is None:
+                bad = [n for n, p in trainee.autoencoder.named_parameters() if _has_non_finite(p.grad)]
+                if not bad:
+                    continue
+                term = "gradient of " + ", ".join(bad)
+            raise NonFiniteError(f"{prefix}{term} is not finite at {where}; {self._bad_rows()}")
+        raise NonFiniteError(f"a loss or gradient was not finite just before {where}")
+
+    def _bad_rows(self) -> str:
+        """Which rows of this step's micro-batches hold NaN or infinity, or that the input is clean."""
+        found: list[str] = []
+        for number, batch in enumerate(self._micro_batches):
+            for row in (~torch.isfinite(batch.x_BD).all(dim=1)).nonzero().flatten().tolist():
+                found.append(f"row {row} of micro-batch {number}")
+        if not found:
+            return "every input row is finite, so the parameters or the learning rate are to blame"
+        return "not finite in the input: " + ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
+
+    # ------------------------------------------------------------------------------------------------ saving
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The clock is all that the loops need: Lightning's own loop counters are left out and rebuilt from it."""
+        checkpoint["sparsepilot"] = {
+            "samples": self.samples,
+            "batch": self.batch,
+            "architectures": {name: _trainee(t).autoencoder.architecture for name, t in self.trainees.items()},
+            "shapes": {name: list(p.shape) for name, p in self.named_parameters()},
+        }
+        checkpoint.pop("loops", None)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of other dictionaries before any tensor is copied."""
+        saved = checkpoint.get("sparsepilot")
+        if saved is None:
+            raise CheckpointError("the checkpoint holds no sparsepilot clock; it was written by another program")
+        for name, trainee in self.trainees.items():
+            theirs = saved["architectures"].get(name)
+            ours = _trainee(trainee).autoencoder.architecture
+            if theirs != ours:
+                raise CheckpointError(f"the checkpoint's {name!r} is a {theirs}, this run's is a {ours}: use the same model")
+        for name, parameter in self.named_parameters():
+            theirs = saved["shapes"].get(name)
+            if theirs != list(parameter.shape):
+                raise CheckpointError(
+                    f"the checkpoint's {name} has shape {theirs}, this run's has {list(parameter.shape)}: use the same model"
+                )
+        self.samples = saved["samples"]
+
+    def on_train_start(self) -> None:
+        """Tells Lightning how many steps lie behind, so that `trainer.global_step` continues."""
+        progress = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+        progress.ready = progress.completed = self.step
+
+
+def _trainee(module: nn.Module) -> Trainee:
+    return cast(Trainee, module)
+
+
+def _has_non_finite(gradient: Tensor | None) -> bool:
+    return gradient is not None and not bool(torch.isfinite(gradient).all())

@@ -1,0 +1,161 @@
+"""A trainee: one dictionary in training, with its controller, counters and measurements."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparsepilot.autoencoders.base import Autoencoder, Step
+from sparsepilot.controllers.base import Controller
+from sparsepilot.metrics.dead import DeadLatents, dead_window_samples
+from sparsepilot.ops.readback import Readback
+from sparsepilot.parallel.collectives import all_reduce_max_, all_reduce_sum_
+
+
+class InputStats(NamedTuple):
+    """What training needs to know of its input, from the cache's training rows (raw units)."""
+
+    mean_D: Tensor
+    variance_D: Tensor
+    scale: float
+    """Factor that makes E||x||^2 = d_in."""
+
+
+class Measurement(NamedTuple):
+    """One optimizer step over the global batch."""
+
+    loss: float
+    l0: float
+    fvu: float
+    terms: dict[str, float]
+
+
+class Trainee(nn.Module):
+    """Everything that belongs to one dictionary of a run.
+
+    Within an optimizer step `forward` runs once per micro-batch and adds to this step's sums; `reduce` merges them over
+    ranks; after the parameters have moved, `advance` lets the controller act and closes the step. All state is in the
+    module's state dict: parameters, the last firing of each latent, the pending measurement, the controller's numbers.
+    """
+
+    mean_sq_residual: Tensor
+    sums_S: Tensor
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        controller: Controller,
+        stats: InputStats,
+        columns: slice,
+        total_samples: int,
+    ) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.controller = controller
+        self.columns = columns
+        self.scale = stats.scale
+        scaled_variance = float(stats.variance_D.double().sum()) * stats.scale**2
+        autoencoder.initialise(stats.mean_D * stats.scale, scaled_variance)
+        controller.bind(*autoencoder.knob, total_samples)
+        self.dead = DeadLatents(autoencoder.d_sae, dead_window_samples(total_samples))
+        self.register_buffer("mean_D", stats.mean_D * stats.scale, persistent=False)
+        # AuxK's normaliser before the first step: the variance, which is what an empty dictionary leaves
+        self.register_buffer("mean_sq_residual", torch.tensor(scaled_variance, dtype=torch.float32))
+        # rows, active codes, ||x - mean||^2, loss, then the terms; fp64, so that the order of adding does not show
+        num_sums = 4 + len(autoencoder.term_names)
+        self.register_buffer("sums_S", torch.zeros(num_sums, dtype=torch.float64), persistent=False)
+        self._pending = Readback()
+        self._pending_l0: float | None = None
+
+    def forward(self, x_BD: Tensor, samples: int) -> Tensor:
+        """The loss of one micro-batch.
+
+        Args:
+            x_BD: [B, D_all] raw activations of all sites of the run.
+            samples: the clock after the present global batch.
+        """
+        x_BD = x_BD[:, self.columns].float() * self.scale
+        dead_ids_A = self.dead.dead_mask().nonzero().squeeze(1)
+        step = self.autoencoder(x_BD, self.controller.strength, dead_ids_A, self.mean_sq_residual)
+        self._measure(x_BD, step, samples)
+        return step.loss  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _measure(self, x_BD: Tensor, step: Step, samples: int) -> None:
+        num_rows = x_BD.shape[0]
+        per_row = [step.loss.detach(), *(step.terms.get(name, step.loss.new_zeros(())) for name in self.term_names)]
+        self.sums_S += torch.stack(
+            [
+                torch.tensor(float(num_rows), dtype=torch.float64, device=x_BD.device),
+                torch.count_nonzero(step.codes_BK).double(),
+                (x_BD - self.mean_D).square().sum(dim=-1).double().sum(),
+                *(value.double() * num_rows for value in per_row),
+            ]
+        )
+        self.dead.update(step.active.ids_BK, step.codes_BK, samples)
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """Loss terms in the order of the sums."""
+        return self.autoencoder.term_names
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Merges this step's sums and firings over ranks: from here on every rank holds the same numbers."""
+        all_reduce_sum_(self.sums_S)
+        all_reduce_max_(self.dead.last_fired_F)
+
+    def measurement(self) -> Measurement:
+        """This step's numbers over the global batch; waits for the device."""
+        num_rows, num_active, sq_deviation, loss, *terms = self.sums_S.tolist()
+        by_name = {name: value / num_rows for name, value in zip(self.term_names, terms, strict=True)}
+        return Measurement(
+            loss=loss / num_rows,
+            l0=num_active / num_rows,
+            fvu=by_name["recon"] * num_rows / sq_deviation,
+            terms=by_name,
+        )
+
+    def non_finite_term(self) -> str | None:
+        """Name of the first loss term of this step that is NaN or infinite; waits for the device."""
+        loss, *terms = self.sums_S[3:].tolist()
+        for name, value in zip((*self.term_names, "total"), (*terms, loss), strict=True):
+            if not math.isfinite(value):
+                return f"loss term {name!r}"
+        return None
+
+    @torch.no_grad()
+    def advance(self, samples: int) -> None:
+        """Closes an optimizer step: unit decoder rows, one control action, fresh sums.
+
+        The controller sees the L0 of the step before this one: its copy to the host has had a whole step to arrive.
+        """
+        self.autoencoder.after_step()
+        self.controller.update(self._take_l0(), samples)
+        num_rows = self.sums_S[0]
+        self.mean_sq_residual.copy_(self.sums_S[4 + self.term_names.index("recon")] / num_rows)
+        self._pending.begin((self.sums_S[1] / num_rows).reshape(1))
+        self._pending_l0 = None
+        self.sums_S.zero_()
+
+    def _take_l0(self) -> float | None:
+        if self._pending_l0 is None:
+            values = self._pending.take()
+            self._pending_l0 = values[0] if values else None
+        return self._pending_l0
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups of this trainee's parameters."""
+        return [{"params": list(self.autoencoder.parameters())}]
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Controller numbers and the measurement that it has not seen yet."""
+        return {"controller": self.controller.state_dict(), "pending_l0": self._take_l0()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.controller.load_state_dict(state["controller"])
+        self._pending = Readback()
+        self._pending_l0 = state["pending_l0"]

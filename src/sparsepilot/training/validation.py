@@ -1,0 +1,72 @@
+"""The held-out measurement of one trainee."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparsepilot.metrics.firing import FiringDensity
+from sparsepilot.metrics.fvu import FVU
+from sparsepilot.metrics.l0 import L0
+from sparsepilot.metrics.mse import MSE
+from sparsepilot.metrics.recovery import DictionaryRecovery
+from sparsepilot.training.trainee import Trainee
+
+Row = dict[str, float | int | list[int]]
+
+
+class Validation(nn.Module):
+    """Runs the metrics over the validation rows; nothing here moves the trainee's own state.
+
+    Args:
+        trainee: what is measured.
+        rows_per_pass: training rows of the cache; a latent is *silent* when it fired neither in the last so many
+            training samples nor on any validation row.
+        planted_TD: [T, D] the true features, where the data has them.
+    """
+
+    def __init__(self, trainee: Trainee, rows_per_pass: int, planted_TD: Tensor | None = None) -> None:
+        super().__init__()
+        d_sae = trainee.autoencoder.d_sae
+        self._trainee = [trainee]  # in a list, so that its parameters are not registered a second time
+        self.rows_per_pass = rows_per_pass
+        self.l0 = L0()
+        self.fvu = FVU(trainee.mean_D / trainee.scale)
+        self.mse = MSE()
+        self.firing = FiringDensity(d_sae)
+        self.recovery = DictionaryRecovery(planted_TD) if planted_TD is not None else None
+
+    @torch.no_grad()
+    def update(self, x_BD: Tensor) -> None:
+        """x_BD: [B, D_all] raw validation activations."""
+        trainee = self._trainee[0]
+        x_BD = x_BD[:, trainee.columns].float()
+        step = trainee.autoencoder.evaluate(x_BD * trainee.scale, trainee.controller.strength)
+        x_hat_BD = step.x_hat_BD / trainee.scale
+        self.l0.update(step.codes_BK)
+        self.fvu.update(x_BD, x_hat_BD)
+        self.mse.update(x_BD, x_hat_BD)
+        self.firing.update(step.active.ids_BK, step.codes_BK)
+
+    @torch.no_grad()
+    def finish(self, samples: int) -> Row:
+        """The row of this validation, merged over ranks; clears the metrics for the next."""
+        trainee = self._trainee[0]
+        mse = float(self.mse.compute())
+        density_F = self.firing.compute()
+        silent_F = trainee.dead.silent_mask(max(0, samples - self.rows_per_pass)) & (density_F == 0)
+        row: Row = {
+            "val/loss": mse * trainee.autoencoder.d_in * trainee.scale**2,
+            "val/l0": float(self.l0.compute()),
+            "val/fvu": float(self.fvu.compute()),
+            "val/mse": mse,
+            "val/silent_latents": int(silent_F.sum()),
+            "val/firing_density_histogram": self.firing.histogram(),
+        }
+        if self.recovery is not None:
+            self.recovery.update(trainee.autoencoder.W_dec)
+            row["val/recovery"] = float(self.recovery.compute())
+        for metric in (self.l0, self.fvu, self.mse, self.firing, self.recovery):
+            if metric is not None:
+                metric.reset()
+        return row

@@ -1,0 +1,18 @@
+"""Trains a sparse autoencoder: python train.py [group=option ...] [field=value ...]; see conf/train.yaml."""
+
+import hydra
+from omegaconf import DictConfig
+
+from sparsepilot.config.cli import run, user_errors
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    with user_errors():
+        from sparsepilot.run import train  # after the configuration composed: a typo need not wait for torch
+
+        train(cfg)
+
+
+if __name__ == "__main__":
+    run(main)
