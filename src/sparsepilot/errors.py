@@ -38,5 +38,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+    if not options:
+        return "there are none"
     shown = ", ".join(options[:12]) + (", ..." if len(options) > 12 else "")
     return f"known: {shown}"

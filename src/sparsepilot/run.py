@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import resource
-import subprocess
 import time
 import warnings
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
 from hydra.utils import instantiate
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -35,7 +32,9 @@ from sparsepilot.controllers.base import Controller
 from sparsepilot.data.datamodule import ActivationData
 from sparsepilot.errors import CheckpointError
 from sparsepilot.interop import dictionary
+from sparsepilot.reporting.environment import environment
 from sparsepilot.reporting.summary import print_end, print_sizes
+from sparsepilot.reporting.wandb import LiveRun, resolve_mode, write_offline_run
 from sparsepilot.rows import read_rows
 from sparsepilot.run_folder import RunFolder, write_json
 from sparsepilot.training.module import TrainingModule
@@ -64,13 +63,25 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
         data.start_sample = resumed[0]
     module = build_module(cfg, data)
     record_start(cfg, folder)
-    log = RunLog(folder, samples=data.start_sample, waited_s=lambda: _waited_s(trainer))
+    wandb_node = (cfg.logger or {}).get("wandb")
+    wandb_mode = resolve_mode(wandb_node.mode) if wandb_node else "disabled"
+    live = LiveRun(folder, plain(cfg)["logger"]["wandb"], environment()) if wandb_mode == "online" else None
+    log = RunLog(
+        folder,
+        samples=data.start_sample,
+        waited_s=lambda: _waited_s(trainer),
+        after_checkpoint=live.after_checkpoint if live else _nothing,
+    )
     trainer = build_trainer(cfg, folder, log, console)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed[1] if resumed else None, weights_only=True)
     finally:
         log.close()
-    return finish(cfg, folder, module, data, trainer, console)
+        if live:
+            live.close()
+    if wandb_mode == "offline":
+        write_offline_run(folder, plain(cfg)["logger"]["wandb"], environment())
+    return finish(folder, module, data, console)
 
 
 # ---------------------------------------------------------------------------------------------------- before a run
@@ -82,12 +93,12 @@ def prepare_process(cfg: DictConfig) -> None:
         torch.set_num_threads(cfg.threads)
     torch.use_deterministic_algorithms(True)
     # filling every fresh tensor would cost more than the sparse step; no kernel here reads memory that it did not write
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     L.seed_everything(cfg.seed, verbose=False)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # it looks for torch DataLoaders only; this project's loader reads ahead in a thread of its own
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Lightning 2.6 asks torch 2.13 about its tree type in the old way; nothing that a user could act on
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
 
 
 def claim(cfg: DictConfig, console: Console) -> tuple[RunFolder, tuple[int, Path] | None]:
@@ -139,8 +150,7 @@ def record_start(cfg: DictConfig, folder: RunFolder) -> None:
 
 def build_data(cfg: DictConfig, console: Console) -> ActivationData:
     """The datamodule; a cache that is not there yet is built first, where the configuration says how."""
-    node = OmegaConf.to_container(cfg.data, resolve=True)
-    assert isinstance(node, dict)
+    node = dict(plain(cfg)["data"])
     recipe = node.pop("build", None)
     path = Path(node["path"])
     if recipe is not None and not is_sealed(path):
@@ -216,7 +226,8 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Cons
     ]
     plugins: list[Any] = [CrashSafeIO()]
     if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's own saves mid-step, inside the signal handler
+        # Lightning's own requeueing saves inside the signal handler, in the middle of a step
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
         return cast(
@@ -241,21 +252,14 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Cons
 
 
 def build_loggers(cfg: DictConfig) -> list[Logger]:
-    """Lightning loggers beside metrics.jsonl; W&B is not one of them, see callbacks/wandb.py."""
+    """Lightning loggers beside metrics.jsonl; W&B is not one of them, see reporting/wandb.py."""
     return [instantiate(node) for node in (cfg.logger or {}).values() if "_target_" in node]
 
 
 # ---------------------------------------------------------------------------------------------------- after a run
 
 
-def finish(
-    cfg: DictConfig,
-    folder: RunFolder,
-    module: TrainingModule,
-    data: ActivationData,
-    trainer: L.Trainer,
-    console: Console,
-) -> dict[str, Any]:
+def finish(folder: RunFolder, module: TrainingModule, data: ActivationData, console: Console) -> dict[str, Any]:
     """Writes the trained dictionary and summary.json, prints the table."""
     trainee = cast(Trainee, module.trainees["sae"])
     autoencoder = trainee.autoencoder
@@ -290,30 +294,8 @@ def summarise(folder: RunFolder, module: TrainingModule) -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, Any]:
-    """Versions, threads and the git commit: what a run's bits depend on beside its configuration."""
-    return {
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("sparsepilot", "torch", "lightning", "zarr", "torchmetrics", "hydra-core")},
-        "threads": torch.get_num_threads(),
-        "git_commit": _git_commit(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    try:
-        command = ["git", "rev-parse", "HEAD"]
-        here = Path(__file__).parent
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+def _nothing(samples: int) -> None:
+    pass
 
 
 def _waited_s(trainer: L.Trainer) -> float:
@@ -326,7 +308,7 @@ def measure_sizes(module: TrainingModule, data: ActivationData) -> dict[str, str
     batch = next(iter(data.train_dataloader()))
     began_s = time.perf_counter()
     loss = module.training_step(batch, 0)
-    loss.backward()
+    torch.autograd.backward(loss)
     seconds = time.perf_counter() - began_s
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     cache_bytes = sum(file.stat().st_size for file in data.cache.path.rglob("*") if file.is_file())

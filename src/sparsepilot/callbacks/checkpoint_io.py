@@ -27,7 +27,9 @@ class CrashSafeIO(TorchCheckpointIO):
     Lightning 2.6 writes through TMPDIR and does not flush: with TMPDIR on another filesystem a kill left unreadable files.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
         """Raises CheckpointError when the disk is full or not writable; earlier checkpoints stay whole."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)

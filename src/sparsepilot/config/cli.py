@@ -45,24 +45,44 @@ def user_errors() -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """The message that a user reads: what is wrong, where, and what would be right."""
-    if isinstance(error, SparsepilotError):
-        return " ".join(str(error).split())
+    ours = next((e for e in _causes(error) if isinstance(e, SparsepilotError)), None)
+    if ours is not None:  # perhaps inside Hydra's report of a constructor that refused its arguments
+        return " ".join(str(ours).split())
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={name}: there is no conf/{error.missing_cfg_file}.yaml; {nearest(name, error.options)}"
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return _omegaconf_line(cause)
+    for cause in _causes(error):
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            return _omegaconf_line(cause)
     return re.sub(r"\s*\n\s*", "; ", str(error).strip())
 
 
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
 def _omegaconf_line(error: OmegaConfBaseException) -> str:
+    key = str(error.full_key)
     first = str(error.msg or error).splitlines()[0]
-    unknown = re.match(r"Key '(.+)' (?:is not in struct|not in '.+')", first)
-    if unknown is None:
-        return f"{error.full_key}: {first}"
-    parent: Any = error.parent_node
-    known = [str(key) for key in parent] if parent is not None else []
-    return f"{error.full_key}: there is no such field; {nearest(unknown[1], known)}"
+    if unknown := re.match(r"Key '(.+)' (?:is not in struct|not in '.+')", first):
+        parent: Any = error.parent_node
+        known = [str(name) for name in parent] if parent is not None else []
+        return f"{_with_value(key)}: there is no such field; {nearest(unknown[1], known)}"
+    if wrong := re.match(r"Value '(.*?)' (?:of type '.+' )?could not be converted to (\w+)", first):
+        return f"{key} = {wrong[1]!r}: should be {_ARTICLES.get(wrong[2], wrong[2])}"
+    return f"{_with_value(key)}: {first}"
+
+
+_ARTICLES = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false", "String": "text"}
+
+
+def _with_value(key: str) -> str:
+    """`key = value` as it was given on the command line, `key` where it was not."""
+    for argument in sys.argv[1:]:
+        name, equals, value = argument.lstrip("+~").partition("=")
+        if equals and name == key:
+            return f"{key} = {value}"
+    return key

@@ -74,7 +74,7 @@ def _check_value(name: str, value: Any, hint: Any) -> None:
         adapter.validate_python(value, strict=not _wants_float(value))
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"{name} = {value!r}: {_lower(first['msg'])}") from error
+        raise ConfigError(f"{name} = {value!r}: {_rule(first['msg'])}") from error
 
 
 def _wants_float(value: Any) -> bool:
@@ -90,5 +90,6 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]
+def _rule(message: str) -> str:
+    """pydantic's sentence as the end of ours: 'Input should be greater than 0' -> 'should be greater than 0'."""
+    return message.removeprefix("Input ").removeprefix("Value error, ")

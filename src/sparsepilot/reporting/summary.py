@@ -53,4 +53,3 @@ def print_sizes(console: Console, sizes: Mapping[str, str]) -> None:
 
 def _number(value: Any) -> str:
     return "-" if value is None else f"{value:.4g}"
-

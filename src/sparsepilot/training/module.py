@@ -221,7 +221,9 @@ class TrainingModule(L.LightningModule):
             theirs = saved["architectures"].get(name)
             ours = _trainee(trainee).autoencoder.architecture
             if theirs != ours:
-                raise CheckpointError(f"the checkpoint's {name!r} is a {theirs}, this run's is a {ours}: use the same model")
+                raise CheckpointError(
+                    f"the checkpoint's {name!r} is a {theirs}, this run's is a {ours}: use the same model"
+                )
         for name, parameter in self.named_parameters():
             theirs = saved["shapes"].get(name)
             if theirs != list(parameter.shape):

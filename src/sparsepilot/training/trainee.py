@@ -41,6 +41,7 @@ class Trainee(nn.Module):
     module's state dict: parameters, the last firing of each latent, the pending measurement, the controller's numbers.
     """
 
+    mean_D: Tensor
     mean_sq_residual: Tensor
     sums_S: Tensor
 

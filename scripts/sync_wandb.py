@@ -1,0 +1,47 @@
+"""Builds one clean W&B run from a run folder: python scripts/sync_wandb.py run_dir=runs/... [mode=online]
+
+Online (where you are logged in) it sends the steps that the server does not have yet; offline it writes <run>/wandb anew.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from omegaconf import OmegaConf
+
+from sparsepilot.config.cli import user_errors
+from sparsepilot.errors import ConfigError, nearest
+from sparsepilot.reporting.environment import environment
+from sparsepilot.reporting.wandb import LiveRun, resolve_mode, write_offline_run
+from sparsepilot.run_folder import RunFolder
+
+DEFAULTS = {"project": "sparsepilot", "entity": None, "group": None, "tags": []}
+FIELDS = {"run_dir": "???", "mode": "auto"}
+
+
+def main() -> None:
+    """Reads run_dir=... and mode=... from the command line."""
+    given = OmegaConf.from_cli(sys.argv[1:])
+    for key in given:
+        if key not in FIELDS:
+            raise ConfigError(f"{key}: there is no such field; {nearest(str(key), FIELDS)}")
+    cfg = OmegaConf.merge(FIELDS, given)
+    if OmegaConf.is_missing(cfg, "run_dir"):
+        raise ConfigError("run_dir: missing; set run_dir=runs/...")
+    folder = RunFolder(cfg.run_dir)
+    if not folder.exists():
+        raise ConfigError(f"run_dir = {cfg.run_dir}: there is no run here (no config.yaml)")
+    saved = (OmegaConf.to_container(OmegaConf.load(folder.config)) or {}).get("logger") or {}
+    settings = {**DEFAULTS, **(saved.get("wandb") or {})}
+    if resolve_mode(cfg.mode) == "online":
+        live = LiveRun(folder, settings, environment())
+        live.after_checkpoint(samples=sys.maxsize)
+        live.close()
+    else:
+        write_offline_run(folder, settings, environment())
+        print(f"wrote {folder.path / 'wandb'}; send it with: wandb sync {folder.path / 'wandb'}/offline-run-*")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

@@ -1,0 +1,137 @@
+"""Weights & Biases, fed from a run folder.
+
+`metrics.jsonl` is the truth and W&B a copy of it. Online, rows are sent once a checkpoint covers them, so a killed run never
+shows a row that its resumed self will write again. Offline there is nobody to watch, so the copy is made in one go when
+training ends (or by scripts/sync_wandb.py after a kill): one folder, each step once, however often the run was broken.
+"""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import shutil
+import urllib.parse
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
+from typing import Any, Literal, cast
+
+from omegaconf import OmegaConf
+
+from sparsepilot.errors import ConfigError
+from sparsepilot.metrics.firing import LOG10_EDGES
+from sparsepilot.rows import read_rows
+from sparsepilot.run_folder import RunFolder
+
+MODES = ("auto", "online", "offline", "disabled")
+
+
+def resolve_mode(mode: str) -> str:
+    """`online`, `offline` or `disabled`; `auto` is online where the user is logged in. WANDB_MODE wins over `auto`.
+
+    Raises ConfigError for a mode that does not exist.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"logger.wandb.mode = {mode}: should be one of {', '.join(MODES)}")
+    if mode != "auto":
+        return mode
+    if os.environ.get("WANDB_MODE") in MODES[1:]:
+        return os.environ["WANDB_MODE"]
+    return "online" if _logged_in() else "offline"
+
+
+def _logged_in() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def begin(
+    folder: RunFolder,
+    settings: Mapping[str, Any],
+    mode: Literal["online", "offline"],
+    into: str,
+    environment: Mapping[str, Any],
+) -> Any:
+    """Opens the W&B run of a run folder, with the folder's own id; `into` is where W&B keeps its files."""
+    import wandb
+
+    identity = json.loads(folder.identity.read_text(encoding="utf-8"))
+    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder.config)))
+    run = wandb.init(
+        project=settings["project"],
+        entity=settings["entity"],
+        group=settings["group"],
+        tags=settings["tags"],
+        id=identity["id"],
+        name=f"{folder.path.parent.name}/{folder.path.name}",
+        dir=into,
+        mode=mode,
+        resume="allow" if mode == "online" else None,
+        config={**config, "environment": dict(environment)},
+        settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, x_save_requirements=False),
+    )
+    run.define_metric("samples")
+    run.define_metric("*", step_metric="samples")
+    return run
+
+
+def by_step(rows: Iterable[Mapping[str, Any]], after_step: int) -> Iterator[dict[str, Any]]:
+    """One row per step past `after_step`: a step's training and validation rows together.
+
+    >>> list(by_step([{"step": 1, "a": 1}, {"step": 2, "a": 2}, {"step": 2, "b": 3}], after_step=1))
+    [{'step': 2, 'a': 2, 'b': 3}]
+    """
+    for step, group in groupby(rows, key=lambda row: row["step"]):
+        if step > after_step:
+            yield {key: value for row in group for key, value in row.items()}
+
+
+def send(run: Any, rows: Iterable[Mapping[str, Any]], after_step: int) -> int:
+    """Logs every step past `after_step` once; returns the last one logged."""
+    import wandb
+
+    for row in by_step(rows, after_step):
+        values = dict(row)
+        for key, value in row.items():
+            if key.endswith("firing_density_histogram"):
+                values[key] = wandb.Histogram(np_histogram=(value, list(LOG10_EDGES)))
+        run.log(values, step=row["step"])
+        after_step = row["step"]
+    return after_step
+
+
+class LiveRun:
+    """The online run: rows are sent as checkpoints cover them, none twice over any number of resumes."""
+
+    def __init__(self, folder: RunFolder, settings: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._run = begin(folder, settings, "online", str(folder.path), environment)
+        # what the server has is what counts: this process knows nothing of what an earlier one got through
+        self._sent_step = max(int(self._run.summary.get("step") or 0), int(self._run.step) - 1)
+
+    def after_checkpoint(self, samples: int) -> None:
+        """Sends what the checkpoint at `samples` covers."""
+        rows = (row for row in read_rows(self._folder.metrics) if row["samples"] <= samples)
+        self._sent_step = send(self._run, rows, self._sent_step)
+
+    def close(self) -> None:
+        """Waits until everything is sent."""
+        self._run.finish()
+
+
+def write_offline_run(folder: RunFolder, settings: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    """Makes `<run>/wandb` anew from the rows: one offline run, ready for `wandb sync`."""
+    aside = folder.path / "wandb.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    run = begin(folder, settings, "offline", str(aside), environment)
+    send(run, read_rows(folder.metrics), after_step=0)
+    run.finish()
+    shutil.rmtree(folder.path / "wandb", ignore_errors=True)  # a copy of the rows, made again just now
+    os.replace(aside / "wandb", folder.path / "wandb")
+    shutil.rmtree(aside)
