@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import json
 import mmap
 import os
@@ -26,6 +27,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import zarr
+from zarr.core.buffer import default_buffer_prototype
 
 from sparsepilot.data import layout
 from sparsepilot.data.cache import Cache
@@ -104,34 +107,37 @@ def candidates(cache: Cache, raw: Path, window_mb: int, batch: int, streams: int
             which = order[start : start + batch]
             np.take(data, which, axis=0, out=view[: len(which)], mode="clip")
 
-    def sequential(opened: Cache) -> Callable[[], None]:
+    def cache_sequential() -> None:
+        for start in range(0, rows, 16384):
+            cache.read_into(SITE, start, out[: min(16384, rows - start)])
+
+    def loader_shuffled() -> None:
+        window = window_rows_per_stream(window_mb, streams, [width], "bfloat16")
+        order = Order(rows, cache.chunk_rows, streams, window, seed=0)
+        for item in TrainLoader(cache, [SITE], order, batch, 1, rows):
+            item.x_BD.view(torch.uint16)[:, 0].sum()
+
+    def zarr_sequential(pipeline: str) -> Callable[[], None]:
+        with zarr.config.set({"codec_pipeline.path": pipeline}):
+            array = zarr.open_array(cache.path / layout.GROUP_FOLDER, path=layout.site_array(SITE), mode="r")
+
         def run() -> None:
             for start in range(0, rows, 16384):
-                opened.read_into(SITE, start, out[: min(16384, rows - start)])
-
-        return run
-
-    def shuffled(opened: Cache) -> Callable[[], None]:
-        window = window_rows_per_stream(window_mb, streams, [width], "bfloat16")
-        order = Order(rows, opened.chunk_rows, streams, window, seed=0)
-
-        def run() -> None:
-            loader = TrainLoader(opened, [SITE], order, batch, 1, rows)
-            for item in loader:
-                item.x_BD.view(torch.uint16)[:, 0].sum()
+                part = view[: min(16384, rows - start)]
+                array.get_basic_selection(
+                    slice(start, start + len(part)), out=default_buffer_prototype().nd_buffer.from_numpy_array(part)
+                )
 
         return run
 
     found: dict[str, Callable[[], None]] = {
         "memmap sequential": memmap_sequential,
         "memmap shuffled rows": memmap_shuffled,
+        "zarr-python sequential": zarr_sequential("zarr.core.codec_pipeline.BatchedCodecPipeline"),
     }
-    for pipeline in ("python", "zarrs"):
-        if pipeline == "python" or layout.default_pipeline() == "zarrs":
-            opened = Cache(cache.path, pipeline=pipeline)
-            found[f"zarr ({pipeline}) sequential"] = sequential(opened)
-            found[f"loader ({pipeline}) shuffled"] = shuffled(opened)
-    return found
+    if importlib.util.find_spec("zarrs"):
+        found["zarrs sequential (unchecked)"] = zarr_sequential("zarrs.ZarrsCodecPipeline")
+    return found | {"cache sequential": cache_sequential, "loader shuffled": loader_shuffled}
 
 
 def main() -> None:

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import zarr
 from torch import Tensor
-from zarr.core.buffer import default_buffer_prototype
 
 from sparsepilot.data import layout
 from sparsepilot.data.dtypes import STORED, as_numpy, dequantize, row_bytes
 from sparsepilot.data.files import read_json, sha256
 from sparsepilot.data.plan import CachePlan
+from sparsepilot.data.shards import ShardedArray
 from sparsepilot.data.statistics import Moments, SiteStats, site_stats
 from sparsepilot.errors import DataError, nearest
 
@@ -57,21 +55,20 @@ class Cache:
     """A sealed cache, opened read-only.
 
     Opening checks the seal, that every file of the wanted arrays is there with its size, and the arrays' metadata;
-    it reads no rows. Every read is checked against the chunks' checksums. `sites` limits what is opened (None: all);
-    `pipeline` is "zarrs", "python" or None for the faster one installed. Several processes may each open it.
+    it reads no rows. Every read is checked against the chunks' checksums. `sites` limits what is opened (None: all).
+    Several processes may each open it.
 
     Raises DataError, one line, when the cache is missing, unfinished, damaged or lacks a site.
     """
 
-    def __init__(self, path: str | Path, sites: Sequence[str] | None = None, pipeline: str | None = None) -> None:
+    def __init__(self, path: str | Path, sites: Sequence[str] | None = None) -> None:
         self.path = Path(path)
         self.manifest = Manifest.read(self.path)
         plan = self.manifest.plan
         for site in sites or ():
             self._known(site)
         self.widths = {site: plan.widths[site] for site in (plan.widths if sites is None else sites)}
-        self.pipeline = pipeline or layout.default_pipeline()
-        self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._arrays: dict[str, ShardedArray] = {}
         for name in layout.array_specs(plan):
             if name.split("/", 1)[-1] in {*self.widths, *layout.ROW_LABELS}:
                 self._open(name)
@@ -149,7 +146,7 @@ class Cache:
             return None
         self._check_metadata(name)
         try:
-            values = layout.open_array(self.path, name, "python")[:]
+            values = layout.open_planted(self.path)
         except Exception as error:
             raise DataError(f"{self.path}: array {name!r}, chunk 0 is damaged: {error}") from error
         return torch.from_numpy(np.asarray(values))
@@ -184,38 +181,10 @@ class Cache:
             if found != expected:
                 state = "is missing" if found is None else f"has {found} bytes instead of {expected}"
                 raise DataError(f"{self.path}: array {name!r}: the file of shard {shard} {state}; write it again")
-        self._arrays[name] = layout.open_array(self.path, name, self.pipeline)
+        self._arrays[name] = ShardedArray(self.path, name, self.manifest.plan)
 
     def _read(self, name: str, start: int, out: np.ndarray) -> None:
         stop = start + len(out)
         if not 0 <= start <= stop <= self.manifest.plan.num_rows:
             raise DataError(f"{self.path}: rows {start} to {stop} of {self.manifest.plan.num_rows} cannot be read")
-        if start == stop:
-            return
-        try:
-            _fill(self._arrays[name], start, out)
-        except Exception as error:  # each pipeline has its own exceptions; whatever it is, these rows are unreadable
-            raise self._damage(name, start, stop, error) from error
-
-    def _damage(self, name: str, start: int, stop: int, error: Exception) -> DataError:
-        """Finds the first unreadable chunk of a failed read, to name it."""
-        rows = self.chunk_rows
-        array = layout.open_array(self.path, name, "python")
-        for chunk in range(start // rows, -(-stop // rows)):
-            first, last = chunk * rows, min((chunk + 1) * rows, self.manifest.plan.num_rows)
-            try:
-                array[first:last]
-            except Exception as found:
-                shard = first // self.manifest.plan.shard_rows
-                return DataError(
-                    f"{self.path}: array {name!r}, chunk {chunk} (rows {first} to {last - 1}, shard {shard}) is "
-                    f"damaged: {' '.join(str(found).split())}"
-                )
-        detail = " ".join(str(error).split())
-        return DataError(f"{self.path}: array {name!r}: rows {start} to {stop - 1} cannot be read: {detail}")
-
-
-def _fill(array: zarr.Array[Any], start: int, out: np.ndarray) -> None:
-    """Decodes straight into `out`; zarr would otherwise allocate, and the pages cost as much as the decoding."""
-    buffer = default_buffer_prototype().nd_buffer.from_numpy_array(out)
-    array.get_basic_selection(slice(start, start + len(out)), out=buffer)
+        self._arrays[name].read_into(start, out)

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,10 +37,6 @@ DONE_FOLDER = "done"
 ROW_LABELS = ("tokens", "position", "document")
 PLANTED_FEATURES = "planted/features"
 
-PIPELINES = {
-    "python": "zarr.core.codec_pipeline.BatchedCodecPipeline",
-    "zarrs": "zarrs.ZarrsCodecPipeline",
-}
 _config_lock = threading.Lock()
 
 
@@ -83,27 +78,24 @@ class DurableStore(LocalStore):
     """A LocalStore whose `set` also flushes: see `files.write_durably`."""
 
     async def set(self, key: str, value: Buffer) -> None:
-        await asyncio.to_thread(write_durably, self.root / key, value.as_buffer_like(), "cache-shard-write")
-
-
-def default_pipeline() -> str:
-    """ "zarrs" where that package is installed, else "python"."""
-    return "zarrs" if importlib.util.find_spec("zarrs") else "python"
+        fault = None if key.endswith("zarr.json") else "cache-shard-write"
+        await asyncio.to_thread(write_durably, self.root / key, value.as_buffer_like(), fault)
 
 
 @contextmanager
-def codec_pipeline(name: str) -> Iterator[None]:
-    """Arrays opened inside keep this codec pipeline for life; zarr's own configuration is as before afterwards.
+def plain_zarr() -> Iterator[None]:
+    """Arrays opened inside use zarr-python's own codec pipeline for life, whatever the program has configured.
 
-    zarr's configuration is one per process, hence the lock.
+    Not zarrs': that one writes files in place, in the order in which its threads finish, so neither atomically nor
+    with the same bytes twice. zarr's configuration is one per process, hence the lock; it is put back afterwards.
     """
-    with _config_lock, zarr.config.set({"codec_pipeline.path": PIPELINES[name]}):
+    with _config_lock, zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}):
         yield
 
 
 def create_group(folder: Path, plan: CachePlan) -> None:
     """Writes the metadata of the group and of every row array into `folder`; no row yet."""
-    with codec_pipeline("python"):
+    with plain_zarr():
         group = zarr.open_group(DurableStore(folder), mode="w-", zarr_format=3)
         for name, spec in array_specs(plan).items():
             columns = () if spec.width is None else (spec.width,)
@@ -129,18 +121,16 @@ def _attributes(name: str, plan: CachePlan) -> dict[str, Any]:
 
 
 def open_for_writing(cache: Path) -> zarr.Group:
-    """The group behind a store that flushes, with zarr's own encoder.
-
-    Not zarrs': that one writes files in place, in the order in which its threads finish, so neither atomically nor
-    with the same bytes twice.
-    """
-    with codec_pipeline("python"):
+    """The group behind a store that flushes, with zarr's own encoder."""
+    with plain_zarr():
         return zarr.open_group(DurableStore(cache / GROUP_FOLDER), mode="r+", zarr_format=3)
 
 
-def open_array(cache: Path, name: str, pipeline: str) -> zarr.Array[Any]:
-    with codec_pipeline(pipeline):
-        return zarr.open_array(LocalStore(cache / GROUP_FOLDER, read_only=True), path=name, mode="r", zarr_format=3)
+def open_planted(cache: Path) -> np.ndarray:
+    """The planted features [num_features, d] fp32. Raises whatever zarr raises on damage."""
+    with plain_zarr():
+        array = zarr.open_array(LocalStore(cache / GROUP_FOLDER, read_only=True), path=PLANTED_FEATURES, mode="r")
+    return np.asarray(array[:])
 
 
 def little_endian(values: np.ndarray) -> np.ndarray:

@@ -7,9 +7,9 @@ shuffled as a whole. The first block of stream s is only (s + 1) / S of a window
 their next block one after the other instead of all at once.
 
 A batch takes the same number of rows from each stream, so its rows come from S windows at once. How well that mixes:
-where rows of one document are alike (intraclass correlation rho, in runs of at most m rows, m being the smaller of
-document and chunk), the variance of a batch mean is 1 + rho m B / W (1 - W / N) times that of independent rows,
-for batches of B rows and W = S w rows in all windows.
+where rows of one document are alike (rho: share of the variance between documents; m: rows of a document that lie
+side by side, at most a chunk), the variance of a mean over B rows is at most 1 + rho m B / W (1 - W / N) times that
+of independent rows, with W = S w rows in all windows (block means vary by rho m / w, of which a batch averages S).
 """
 
 from __future__ import annotations
