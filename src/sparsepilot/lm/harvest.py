@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,8 +123,12 @@ class _Taker:
     def __call__(self, site: str, x_ND: Tensor) -> Tensor:
         own_ND = x_ND.index_select(0, self._flat_N.to(x_ND.device))
         out_ND = own_ND.to(self._dtype)
-        if not bool(torch.isfinite(out_ND).all()):
-            self._refuse(site, own_ND, out_ND)
+        if out_ND.numel():
+            least, most = torch.aminmax(
+                out_ND
+            )  # NaN wins over numbers in both; a tenth of the time of isfinite().all()
+            if not (math.isfinite(least.item()) and math.isfinite(most.item())):
+                self._refuse(site, own_ND, out_ND)
         return out_ND.cpu()
 
     def _refuse(self, site: str, own_ND: Tensor, out_ND: Tensor) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ PACKAGE_SCHEME = "pkg://"
 class LanguageModel:
     """A model in evaluation mode with frozen weights, and what is needed to name it in a manifest."""
 
-    model: Any
+    model: Any = field(repr=False)
     """The transformers model; its dotted module paths are the site names."""
-    tokenizer: Any
+    tokenizer: Any = field(repr=False)
     id: str
     """The name the user gave: a hub id, a folder, or the label of a GGUF file."""
     revision: str
@@ -127,14 +127,14 @@ def _unpack_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _from_pretrained(name: str, dtype: torch.dtype, field: str, **options: Any) -> tuple[Any, Any]:
+def _from_pretrained(name: str, dtype: torch.dtype, option: str, **options: Any) -> tuple[Any, Any]:
     import transformers
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise DataError(f"{field}={name!r}: transformers cannot load this model: {_one_line(error)}") from error
+        raise DataError(f"{option}={name!r}: transformers cannot load this model: {_one_line(error)}") from error
     return model, tokenizer
 
 

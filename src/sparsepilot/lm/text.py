@@ -14,6 +14,7 @@ import platform
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ def documents(
     split: str = "train",
     revision: str | None = None,
     shuffle_buffer: int = 10_000,
+    max_documents: int | None = None,
     seed: int = 0,
 ) -> Iterator[Document]:
     """Documents of a source, in a fixed order; empty ones and exact copies of earlier ones are left out.
@@ -50,7 +52,8 @@ def documents(
     `python_docs`: the topics of `pydoc_data` and the docstrings of each standard-library module, read from source
     text without importing it. `files`: text files and JSON lines (`.jsonl`, text under `field`) by glob `paths`; a
     text file is one document. `hf_dataset`: the Hugging Face dataset `name`, streamed, shuffled within
-    `shuffle_buffer` documents. Raises DataError where a source is missing, malformed or has no text.
+    `shuffle_buffer` documents. `max_documents` ends any source early, as packing holds all it is given in memory.
+    Raises DataError where a source is missing, malformed or has no text.
     """
     if source == "python_docs":
         found = _python_docs()
@@ -60,7 +63,9 @@ def documents(
         found = _hf_dataset(name, subset, split, revision, field, shuffle_buffer, seed)
     else:
         raise ConfigError(f"text.source={source!r}: {nearest(source, ['python_docs', 'files', 'hf_dataset'])}")
-    return _distinct(found, source)
+    if max_documents is not None and max_documents < 1:
+        raise ConfigError(f"text.max_documents={max_documents}: right is null or at least 1")
+    return islice(_distinct(found, source), max_documents)
 
 
 def describe(source: str, **fields: Any) -> dict[str, Any]:

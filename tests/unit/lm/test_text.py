@@ -23,6 +23,7 @@ def test_files_are_documents_and_copies_and_blanks_are_not(tmp_path: Path) -> No
     found = list(documents("files", paths=[f"{tmp_path}/*.txt", f"{tmp_path}/*.jsonl"], field="body"))
     assert [d.text for d in found] == ["first", "second", "third", "fourth"]
     assert found[3].id == f"{tmp_path}/c.jsonl:5"
+    assert list(documents("files", paths=[f"{tmp_path}/*.txt"], max_documents=1)) == found[:1]
     assert describe("files", paths=("x",), field="body") == {"source": "files", "paths": ["x"], "field": "body"}
 
 
@@ -48,6 +49,8 @@ def test_unknown_and_incomplete_sources() -> None:
         documents("file")
     with pytest.raises(DataError, match=r"text.paths=\[\]"):
         list(documents("files"))
+    with pytest.raises(ConfigError, match=r"text.max_documents=0"):
+        documents("python_docs", max_documents=0)
     with pytest.raises(ConfigError, match=r"text.name=null"):
         list(documents("hf_dataset"))
 
