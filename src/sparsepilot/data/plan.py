@@ -12,6 +12,7 @@ from sparsepilot.errors import ConfigError, nearest
 
 CHUNK_BYTES = 256 * 1024
 """Aim for one chunk: small chunks mix better and stay inside the allocator's fast path; docs/log.md has the figures."""
+MAX_CHUNK_BYTES = 2**30
 SHARD_BYTES = 64 * 1024 * 1024
 """Aim for one shard over all sites: a writer holds one shard in memory."""
 
@@ -76,6 +77,11 @@ class CachePlan:
             raise ConfigError(f"chunk_rows={self.chunk_rows}; at least 1 is needed (0 picks one)")
         if self.shard_rows < 1 or self.shard_rows % self.chunk_rows:
             raise ConfigError(f"shard_rows={self.shard_rows} is not a multiple of chunk_rows={self.chunk_rows}")
+        largest = self.chunk_rows * max(row_bytes(width, self.dtype) for width in self.widths.values())
+        if largest > MAX_CHUNK_BYTES:
+            raise ConfigError(
+                f"chunk_rows={self.chunk_rows} makes chunks of {largest} bytes; at most 1 GiB is possible"
+            )
         try:
             # Through JSON once, so that a plan compares equal to its own copy from disk (tuples become lists).
             object.__setattr__(self, "source", json.loads(json.dumps(self.source, allow_nan=False)))

@@ -24,7 +24,7 @@ from sparsepilot.data.plan import CachePlan
 from sparsepilot.errors import DataError
 
 _CRC_BYTES = 4
-_MAX_CHUNKS_PER_CALL = 256  # two buffers each; Linux takes 1024 buffers per preadv
+_MAX_CHUNKS_PER_CALL = 256  # two buffers each; Linux takes 1024 buffers, and 2 GiB, per preadv
 
 
 class ShardedArray:
@@ -40,6 +40,7 @@ class ShardedArray:
         self._cache, self._name, self._plan = cache, name, plan
         self._row_bytes = self.dtype.itemsize * (spec.width or 1)
         self._chunk_bytes = plan.chunk_rows * self._row_bytes
+        self._chunks_per_call = max(1, min(_MAX_CHUNKS_PER_CALL, 2**30 // self._chunk_bytes))
         self._seen: set[int] = set()
 
     def read_into(self, start: int, out: np.ndarray) -> None:
@@ -54,7 +55,7 @@ class ShardedArray:
                 self._read_shard(shard, start, stop, flat[done : done + nbytes])
             except OSError as error:
                 chunk = start // self._plan.chunk_rows
-                raise self._damage(chunk, f"{error.strerror or error}") from error
+                raise self._damage(chunk, f"unreadable: {error.strerror or error}") from error
             start, done = stop, done + nbytes
 
     def _read_shard(self, shard: int, start: int, stop: int, out: np.ndarray) -> None:
@@ -64,8 +65,8 @@ class ShardedArray:
                 self._check_index(descriptor, shard)
                 self._seen.add(shard)
             rows = self._plan.chunk_rows
-            for first in range(start // rows, -(-stop // rows), _MAX_CHUNKS_PER_CALL):
-                last = min(first + _MAX_CHUNKS_PER_CALL, -(-stop // rows))
+            for first in range(start // rows, -(-stop // rows), self._chunks_per_call):
+                last = min(first + self._chunks_per_call, -(-stop // rows))
                 self._read_chunks(descriptor, first, last, start, stop, out)
         finally:
             os.close(descriptor)
@@ -85,11 +86,11 @@ class ShardedArray:
         stride = self._chunk_bytes + _CRC_BYTES
         read = os.preadv(descriptor, buffers, first % (self._plan.shard_rows // rows) * stride)
         if read < len(datas) * stride:
-            # A regular file gives all that it has, up to 2 GiB in one call, which plans keep a shard far below.
-            raise self._damage(first + read // stride, "the file ends inside it")
+            # A regular file gives all that it has, up to 2 GiB in one call.
+            raise self._damage(first + read // stride, "damaged: the file ends inside it")
         for chunk, data, checksum in zip(range(first, last), datas, checksums, strict=True):
             if google_crc32c.value(data) != int.from_bytes(checksum.tobytes(), "little"):
-                raise self._damage(chunk, "its checksum does not match its bytes")
+                raise self._damage(chunk, "damaged: its checksum does not match its bytes")
             if not (start <= chunk * rows and (chunk + 1) * rows <= stop):
                 low, high = max(start, chunk * rows), min(stop, (chunk + 1) * rows)
                 out[(low - start) * row : (high - start) * row] = data[
@@ -111,12 +112,12 @@ class ShardedArray:
             or google_crc32c.value(body) != int.from_bytes(raw[-_CRC_BYTES:], "little")
             or body != expected.tobytes()
         ):
-            raise self._damage(shard * per_shard, "the index of its shard is not what was written")
+            raise self._damage(shard * per_shard, "damaged: the index of its shard is not what was written")
 
     def _damage(self, chunk: int, what: str) -> DataError:
         first = chunk * self._plan.chunk_rows
         last = min(first + self._plan.chunk_rows, self._plan.num_rows) - 1
         return DataError(
             f"{self._cache}: array {self._name!r}, chunk {chunk} (rows {first} to {last}, shard "
-            f"{first // self._plan.shard_rows}) is damaged: {what}; write its shard again"
+            f"{first // self._plan.shard_rows}) is {what}"
         )

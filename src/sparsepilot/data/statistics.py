@@ -19,6 +19,11 @@ class Moments(NamedTuple):
     sum_D: np.ndarray
     sum_squares_D: np.ndarray
 
+    def plus(self, other: Moments) -> Moments:
+        return Moments(
+            self.num_rows + other.num_rows, self.sum_D + other.sum_D, self.sum_squares_D + other.sum_squares_D
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {"num_rows": self.num_rows, "sum": self.sum_D.tolist(), "sum_squares": self.sum_squares_D.tolist()}
 
@@ -51,14 +56,9 @@ def moments(x_BD: Tensor) -> Moments:
     return Moments(len(x_BD), sum_D, sum_squares_D)
 
 
-def merge(parts: list[Moments]) -> Moments:
-    """The sum of `parts`, added in the order given."""
-    total = Moments(0, np.zeros_like(parts[0].sum_D), np.zeros_like(parts[0].sum_D))
-    for part in parts:
-        total = Moments(
-            total.num_rows + part.num_rows, total.sum_D + part.sum_D, total.sum_squares_D + part.sum_squares_D
-        )
-    return total
+def no_moments(width: int) -> Moments:
+    """The sums of no rows."""
+    return Moments(0, np.zeros(width), np.zeros(width))
 
 
 def site_stats(total: Moments) -> SiteStats:

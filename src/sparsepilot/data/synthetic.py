@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sparsepilot.data.cache import Cache
 from sparsepilot.data.dtypes import batch_dtype
+from sparsepilot.data.layout import MANIFEST_FILE
 from sparsepilot.data.plan import CachePlan
 from sparsepilot.data.writer import CacheWriter, create, seal, write_planted_features
 from sparsepilot.errors import ConfigError
@@ -133,6 +134,8 @@ def build(
     }
     plan = CachePlan(num_rows, num_val_rows, {SITE: d_in}, dtype, chunk_rows, shard_rows, source)
     create(path, plan)
+    if (Path(path) / MANIFEST_FILE).is_file():
+        return Cache(path)
     writer = CacheWriter(path)
     pending = writer.pending()
     if progress and len(pending) < plan.num_shards:

@@ -32,7 +32,7 @@ from sparsepilot.data.files import (
     write_json,
 )
 from sparsepilot.data.plan import CachePlan
-from sparsepilot.data.statistics import Moments, merge, moments, site_stats
+from sparsepilot.data.statistics import Moments, moments, no_moments, site_stats
 from sparsepilot.errors import DataError, nearest
 
 
@@ -95,7 +95,7 @@ class CacheWriter:
     def pending(self) -> list[range]:
         """The global row ranges, one per shard, that this rank still has to write."""
         shards = range(self.rank, self.plan.num_shards, self.world)
-        return [self.plan.shard_range(shard) for shard in shards if not _is_whole(self.path, self.plan, shard)]
+        return [self.plan.shard_range(shard) for shard in shards if _whole_marker(self.path, self.plan, shard) is None]
 
     def write_shard(self, rows: range, x: Mapping[str, Tensor], tokens: Any, positions: Any, documents: Any) -> None:
         """Writes one whole shard: `x[site]` is [len(rows), d], the labels are [len(rows)] integers.
@@ -112,7 +112,7 @@ class CacheWriter:
         try:
             self._store(shard, rows, arrays, stats)
         except OSError as error:
-            whole = sum(_is_whole(self.path, self.plan, s) for s in range(self.plan.num_shards))
+            whole = sum(_whole_marker(self.path, self.plan, s) is not None for s in range(self.plan.num_shards))
             raise DataError(
                 f"{self.path}: cannot write shard {shard} (rows {rows.start} to {rows.stop - 1}): "
                 f"{error.strerror or error}; {whole} of {self.plan.num_shards} shards are whole and stay: "
@@ -202,16 +202,17 @@ def _label(name: str, values: Any, num_rows: int) -> np.ndarray:
     return array.astype(np.int32)
 
 
-def _is_whole(path: Path, plan: CachePlan, shard: int) -> bool:
-    """Whether the shard's marker and, with the sizes that it recorded, its files are there."""
-    marker_path = layout.marker_file(path, shard)
-    if not marker_path.is_file():
-        return False
-    arrays = read_json(marker_path)["arrays"]
-    return all(
-        (file := layout.shard_file(path, name, shard)).is_file() and file.stat().st_size == arrays[name]["file_bytes"]
-        for name in layout.array_specs(plan)
-    )
+def _whole_marker(path: Path, plan: CachePlan, shard: int) -> dict[str, Any] | None:
+    """The shard's marker where its files lie there with the sizes that it recorded; None where it must be written."""
+    try:
+        marker = read_json(layout.marker_file(path, shard))
+    except (FileNotFoundError, DataError):  # a damaged marker vouches for nothing
+        return None
+    for name in layout.array_specs(plan):
+        file = layout.shard_file(path, name, shard)
+        if not file.is_file() or file.stat().st_size != marker["arrays"][name]["file_bytes"]:
+            return None
+    return marker
 
 
 def write_planted_features(path: str | Path, features_FD: Tensor) -> None:
@@ -238,20 +239,27 @@ def seal(path: str | Path) -> Cache:
     """
     path = Path(path)
     plan = load_plan(path)
-    missing = [shard for shard in range(plan.num_shards) if not _is_whole(path, plan, shard)]
+    names = list(layout.array_specs(plan))
+    totals = {site: no_moments(width) for site, width in plan.widths.items()}
+    file_bytes: dict[str, list[int]] = {name: [] for name in names}
+    # Over the plan and the content of the rows, not over files: the same whoever wrote which shard, in which order.
+    digest = hashlib.sha256(canonical_json(plan.to_json()))
+    missing: list[int] = []
+    for shard in range(plan.num_shards):
+        marker = _whole_marker(path, plan, shard)
+        if marker is None:
+            missing.append(shard)
+            continue
+        for name in names:
+            file_bytes[name].append(marker["arrays"][name]["file_bytes"])
+        for site in totals:
+            totals[site] = totals[site].plus(Moments.from_json(marker["stats"][site]))
+        digest.update(canonical_json({name: marker["arrays"][name]["sha256"] for name in names}))
     if missing:
         raise DataError(
             f"{path}: {len(missing)} of {plan.num_shards} shards are missing, the first at row "
             f"{plan.shard_range(missing[0]).start}; start the writer again to finish them"
         )
-    markers = [read_json(layout.marker_file(path, shard)) for shard in range(plan.num_shards)]
-    names = list(layout.array_specs(plan))
-    totals = {site: merge([Moments.from_json(m["stats"][site]) for m in markers]) for site in plan.widths}
-
-    # Over the plan and the content of the rows, not over files: the same whoever wrote which shard, in which order.
-    digest = hashlib.sha256(canonical_json(plan.to_json()))
-    for marker in markers:
-        digest.update(canonical_json({name: marker["arrays"][name]["sha256"] for name in names}))
     extras: dict[str, Any] = {}
     planted = path / layout.GROUP_FOLDER / layout.PLANTED_FEATURES
     if (planted / "zarr.json").is_file():
@@ -268,7 +276,7 @@ def seal(path: str | Path) -> Cache:
             "plan": plan.to_json(),
             "fingerprint": fingerprint,
             "stats": {site: total.to_json() for site, total in totals.items()},
-            "file_bytes": {name: [m["arrays"][name]["file_bytes"] for m in markers] for name in names},
+            "file_bytes": file_bytes,
             "metadata_sha256": {
                 name: sha256((path / layout.GROUP_FOLDER / name / "zarr.json").read_bytes())
                 for name in [*names, *extras]

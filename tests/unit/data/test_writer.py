@@ -118,6 +118,8 @@ def test_left_over_files_of_a_dead_writer_do_not_leak_into_a_shard(tmp_path: Pat
     damaged = path / "data.zarr/activations" / SITE / "c/6/0"  # the short last shard: zarr would merge into it
     damaged.write_bytes(b"\0" * damaged.stat().st_size)
     (path / "done/00000006.json").unlink()
+    (path / "done/00000002.json").write_text('{"content": {"shard": 2')  # a torn marker vouches for nothing
+    assert [r.start for r in CacheWriter(path).pending()] == [256, 768]
     tiny_cache.write(path, tiny_cache.plan())
     seal(path)
     assert content(path) == content(unbroken)
@@ -195,6 +197,7 @@ def test_bad_rows_are_refused_before_a_byte_is_written(tmp_path: Path) -> None:
         ({"dtype": "bfloat"}, "dtype='bfloat' cannot be stored; did you mean 'bfloat16'"),
         ({"shard_rows": 100}, "shard_rows=100 is not a multiple of chunk_rows=32"),
         ({"num_train_rows": 0}, "num_train_rows=0; at least 1"),
+        ({"chunk_rows": 2**26, "shard_rows": 2**26}, "makes chunks of 3221225472 bytes; at most 1 GiB"),
         ({"source": {"x": float("nan")}}, "is not JSON"),
     ],
 )
