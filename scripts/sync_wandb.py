@@ -1,6 +1,6 @@
 """Builds one clean W&B run from a run folder: python scripts/sync_wandb.py run_dir=runs/... [mode=online]
 
-Online (where you are logged in) it sends the steps that the server does not have yet; offline it writes <run>/wandb anew.
+Online (where you are logged in) it sends the steps that the server lacks; offline it writes <run>/wandb anew.
 """
 
 from __future__ import annotations

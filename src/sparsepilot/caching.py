@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from hydra.utils import instantiate
 from pydantic import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,7 +17,7 @@ from sparsepilot.data.cache import Cache
 from sparsepilot.data.layout import MANIFEST_FILE
 from sparsepilot.data.plan import CachePlan
 from sparsepilot.data.writer import CacheWriter, create, seal
-from sparsepilot.errors import DataError
+from sparsepilot.errors import ConfigError, DataError
 from sparsepilot.lm import text as lm_text
 from sparsepilot.lm.harvest import Block, describe, expand_sites, harvest, site_widths
 from sparsepilot.lm.load import LanguageModel, load
@@ -26,6 +27,42 @@ from sparsepilot.lm.pack import Packed, pack
 def is_sealed(path: Path) -> bool:
     """Whether a finished cache lies at `path`."""
     return (path / MANIFEST_FILE).is_file()
+
+
+def array_rank(rank: int | None, world: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
+    """(rank, world) of this writer: as given, else from a Slurm array (whose ids may start anywhere), else alone.
+
+    >>> array_rank(None, None, {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "4"})
+    (2, 4)
+    >>> array_rank(None, None, {})
+    (0, 1)
+    """
+    if rank is None:
+        rank = int(environment.get("SLURM_ARRAY_TASK_ID", 0)) - int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
+    if world is None:
+        world = int(environment.get("SLURM_ARRAY_TASK_COUNT", 1))
+    if not 0 <= rank < world:
+        raise ConfigError(f"rank = {rank}: should be from 0 to world - 1 = {world - 1}")
+    return rank, world
+
+
+def build_cache(
+    data: Mapping[str, Any],
+    lm: Mapping[str, Any],
+    text: Mapping[str, Any],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    console: Console | None = None,
+) -> Cache | None:
+    """Builds the cache that a `data` group describes, by its `build` recipe."""
+    recipe = data["build"]
+    if recipe["_target_"].endswith(build_from_lm.__name__):
+        given = {"sites": data["sites"], "lm": lm, "text": text, "seed": 0, "rank": rank, "world": world}
+        cache = instantiate(recipe, path=data["path"], console=console, _recursive_=False, _convert_="all", **given)
+    else:
+        cache = instantiate(recipe, path=data["path"], _convert_="all")
+    return cast(Cache | None, cache)
 
 
 def build_from_lm(

@@ -29,6 +29,7 @@ class RowFile:
     had never been broken."""
 
     def __init__(self, path: Path, samples: int) -> None:
+        self._fault = f"{path.stem}-append"  # metrics-append, timing-append
         keep_bytes = 0
         if path.exists():
             with open(path, "rb") as file:
@@ -37,14 +38,15 @@ class RowFile:
                         break
                     keep_bytes += len(line)
             os.truncate(path, keep_bytes)
+            faults.point("resume-cut")
         self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115 - stays open as long as the run
 
     def append(self, row: RowMapping) -> None:
         """Writes one row in one go."""
         line = json.dumps(row).encode() + b"\n"
-        if faults.is_armed("metrics-append"):
+        if faults.is_armed(self._fault):
             self._file.write(line[: len(line) // 2])
-            faults.point("metrics-append")
+            faults.point(self._fault)
             line = line[len(line) // 2 :]
         self._file.write(line)
 

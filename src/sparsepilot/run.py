@@ -18,8 +18,9 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from sparsepilot import faults
 from sparsepilot.autoencoders.base import Autoencoder
-from sparsepilot.caching import build_from_lm, is_sealed
+from sparsepilot.caching import build_cache, is_sealed
 from sparsepilot.callbacks.checkpoint import CrashSafeCheckpoint
 from sparsepilot.callbacks.checkpoint_io import CrashSafeIO, list_checkpoints, newest_whole
 from sparsepilot.callbacks.progress import ProgressLine
@@ -36,7 +37,7 @@ from sparsepilot.reporting.environment import environment
 from sparsepilot.reporting.summary import print_end, print_sizes
 from sparsepilot.reporting.wandb import LiveRun, resolve_mode, write_offline_run
 from sparsepilot.rows import read_rows
-from sparsepilot.run_folder import RunFolder, write_json
+from sparsepilot.run_folder import RunFolder, replacing, write_json
 from sparsepilot.training.module import TrainingModule
 from sparsepilot.training.trainee import InputStats, Trainee
 from sparsepilot.training.validation import Validation
@@ -54,6 +55,7 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
     check(cfg)
     prepare_process(cfg)
     folder, resumed = claim(cfg, console)
+    faults.point("resume-claimed")
     data = build_data(cfg, console)
     if cfg.check:
         sizes = measure_sizes(build_module(cfg, data), data)
@@ -142,7 +144,9 @@ def record_start(cfg: DictConfig, folder: RunFolder) -> None:
         folder.older_config().write_text(before, encoding="utf-8")
     if not folder.identity.exists():
         write_json(folder.identity, {"id": os.urandom(4).hex(), "made": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-    folder.config.write_text(text, encoding="utf-8")
+    with replacing(folder.config) as file:
+        file.write(text)
+        faults.point("config-write")
 
 
 # ---------------------------------------------------------------------------------------------------- building
@@ -150,28 +154,18 @@ def record_start(cfg: DictConfig, folder: RunFolder) -> None:
 
 def build_data(cfg: DictConfig, console: Console) -> ActivationData:
     """The datamodule; a cache that is not there yet is built first, where the configuration says how."""
-    node = dict(plain(cfg)["data"])
+    values = plain(cfg)
+    node = dict(values["data"])
     recipe = node.pop("build", None)
-    path = Path(node["path"])
-    if recipe is not None and not is_sealed(path):
-        console.print(f"building the activation cache {path}", highlight=False)
-        _build_cache(cfg, recipe, node, console)
+    if recipe is not None and not is_sealed(Path(node["path"])):
+        console.print(f"building the activation cache {node['path']}", highlight=False)
+        build_cache(values["data"], values["lm"], values["text"], console=console)
     return cast(
         ActivationData,
         instantiate(
             node, batch=cfg.batch, accumulate=cfg.accumulate, total_samples=_total(cfg), seed=cfg.seed, _convert_="all"
         ),
     )
-
-
-def _build_cache(cfg: DictConfig, recipe: dict[str, Any], data: dict[str, Any], console: Console) -> None:
-    if recipe["_target_"].endswith(build_from_lm.__name__):
-        lm, text = plain(cfg)["lm"], plain(cfg)["text"]
-        instantiate(
-            recipe, path=data["path"], sites=data["sites"], lm=lm, text=text, seed=0, console=console, _recursive_=False
-        )
-    else:
-        instantiate(recipe, path=data["path"])
 
 
 def _total(cfg: DictConfig) -> int:
@@ -272,6 +266,7 @@ def finish(folder: RunFolder, module: TrainingModule, data: ActivationData, cons
         "input_scale_in_training": trainee.scale,
     }
     dictionary.save(folder.path, cfg_out, autoencoder.inference_tensors(), trainee.scale)
+    faults.point("finish-dictionary")
     summary = summarise(folder, module)
     write_json(folder.summary, summary)
     print_end(console, folder, summary, autoencoder.d_sae)

@@ -47,8 +47,8 @@ class RunFolder:
 def replacing_path(path: Path) -> Iterator[Path]:
     """A temporary path that takes the place of `path` only when what was written there is complete and on disk.
 
-    `<name>.tmp` in the same folder is flushed to the device, renamed, and the folder flushed. On an exception the temporary
-    file is removed and the old one stays.
+    `<name>.tmp` in the same folder is flushed to the device, renamed, and the folder flushed. On an exception the
+    temporary file is removed and the old one stays.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:

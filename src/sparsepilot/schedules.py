@@ -1,13 +1,14 @@
 """Learning rates as pure functions of the sample clock.
 
-Each takes `samples` (rows seen so far, over all ranks) and `total_samples` (the budget) and returns the learning rate of
-the next step. Hydra binds the other arguments (`_partial_: true`); the same function draws the picture in a report.
+Each takes `samples` (rows seen so far, over all ranks) and `total_samples` (the budget) and returns the learning rate
+of the next step. Hydra binds the other arguments (`_partial_: true`); the same function draws the picture in a report.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from pydantic import NonNegativeFloat, NonNegativeInt
 
@@ -93,7 +94,7 @@ def reference(
     stretch = total_samples / breakpoints[-1][0] if scale_to_budget else 1.0
     if samples < breakpoints[0][0] * stretch:
         return float(breakpoints[0][1])
-    for (start, lr_start), (end, lr_end) in zip(breakpoints, breakpoints[1:], strict=False):
+    for (start, lr_start), (end, lr_end) in pairwise(breakpoints):
         start, end = start * stretch, end * stretch
         if start <= samples < end:
             return float(lr_start + (lr_end - lr_start) * (samples - start) / (end - start))

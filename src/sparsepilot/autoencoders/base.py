@@ -1,4 +1,4 @@
-"""What every architecture is: parameters, one training step on a micro-batch, and the knob that a controller may turn."""
+"""What every architecture is: parameters, one training step on a micro-batch, and a knob for the controller."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Step(NamedTuple):
     loss: Tensor
     """Scalar with a graph: the mean over the micro-batch's rows of everything that is minimised."""
     terms: dict[str, Tensor]
-    """Detached scalars by name, means over rows, before their coefficients. `recon` (mean ||x - x_hat||^2) is always there."""
+    """Detached scalars by name: means over rows, before their coefficients. `recon` is always there."""
     x_hat_BD: Tensor
     """Detached reconstruction, in the scaled units of the input."""
     codes_BK: Tensor
@@ -81,7 +81,7 @@ class Autoencoder(nn.Module, ABC):
             x_BD: [B, d_in] scaled inputs.
             strength: value of the knob.
             dead_ids_A: [A] ids of the latents that count as dead now (may be empty).
-            mean_sq_residual: scalar, E||x - x_hat||^2 of the previous optimizer step, over all ranks; AuxK's normaliser.
+            mean_sq_residual: scalar, E||x - x_hat||^2 of the previous optimizer step over all ranks, AuxK's unit.
         """
 
     def evaluate(self, x_BD: Tensor, strength: float) -> Step:

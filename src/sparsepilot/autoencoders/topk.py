@@ -18,8 +18,8 @@ class TopK(Autoencoder):
 
     loss / V = ||x - x_hat||^2 / V + aux_k_coefficient * ||e - e_hat||^2 / ||e||^2
 
-    with V = E||x - mean||^2 from the cache, e = x - x_hat (detached) and e_hat its reconstruction from the top `aux_k` dead
-    latents, without b_dec. The loss itself is kept in units of squared input, as everywhere in this project.
+    with V = E||x - mean||^2 from the cache, e = x - x_hat (detached) and e_hat its reconstruction from the top
+    `aux_k` dead latents, without b_dec. The loss is kept in units of squared input, as everywhere in this project.
 
     Args:
         d_in: input width.

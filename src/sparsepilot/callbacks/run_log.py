@@ -37,7 +37,7 @@ class RunLog(L.Callback):
         self.last_train_row: dict[str, Any] = {}
         self._waited_s = waited_s
         self._after_checkpoint = after_checkpoint
-        self._began_s = self._last_s = 0.0
+        self._began_s = self._last_s = self._validation_began_s = 0.0
         self._last_samples = self._first_samples = samples
         self._last_waited_s = 0.0
 
@@ -62,6 +62,10 @@ class RunLog(L.Callback):
         self._write(trainer, self.last_train_row)
         self._write_timing(trainer, pl_module)
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Validation is not training: its time is left out of samples per second."""
+        self._validation_began_s = time.monotonic()
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the validation's row."""
         assert isinstance(pl_module, TrainingModule)
@@ -69,8 +73,7 @@ class RunLog(L.Callback):
             return
         self.val_rows.append(dict(pl_module.val_row))
         self._write(trainer, self.val_rows[-1])
-        # validation is not training: its time is left out of samples per second
-        self._last_s = time.monotonic()
+        self._last_s += time.monotonic() - self._validation_began_s
 
     def sync(self) -> None:
         """Makes all rows so far durable."""

@@ -11,9 +11,9 @@ from sparsepilot.training.module import TrainingModule
 
 
 class ValidateEvery(L.Callback):
-    """Runs Lightning's validation loop after the optimizer step that passes a multiple of `every_samples`, and after the last.
+    """Runs Lightning's validation loop after each step that passes a multiple of `every_samples`, and after the last.
 
-    Lightning's own trigger counts batches of the present process. This one counts samples of the run, and it runs inside
+    Lightning's own trigger counts batches of the present process. This one counts samples of the run, and acts inside
     `on_train_batch_end`, before the checkpoint callback: a checkpoint never lies between a step and the validation that
     belongs to it.
     """

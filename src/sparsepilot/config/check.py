@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,16 +18,41 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: one line that names the field, its value and what would be right.
     """
-    missing = OmegaConf.missing_keys(cfg)
-    if missing:
-        first = sorted(missing)[0]
-        raise ConfigError(f"{first}: missing; set {first}=...")
-    plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    plain = _complete(cfg)
     _check_numbers(plain)
     check_target("model", plain["model"], given=("d_in",))
     check_target("controller", plain["controller"])
     check_target("optimizer", plain["optimizer"], given=("params",))
     check_target("schedule", plain["schedule"], given=("samples", "total_samples"))
+    _check_data(plain)
+    check_target("trainer", plain["trainer"], given=("callbacks", "logger", "max_epochs"))
+    _check_relations(plain)
+
+
+def check_cache(cfg: DictConfig) -> dict[str, Any]:
+    """The same for `scripts/cache_activations.py`; returns the plain values.
+
+    Raises:
+        ConfigError: one line that names the field, its value and what would be right.
+    """
+    plain = _complete(cfg)
+    _check_data(plain)
+    if plain["data"].get("build") is None:
+        raise ConfigError(
+            "data.build = None: this data group does not say how to build its cache; use data=demo or data=lm"
+        )
+    return plain
+
+
+def _complete(cfg: DictConfig) -> dict[str, Any]:
+    missing = OmegaConf.missing_keys(cfg)
+    if missing:
+        first = sorted(missing)[0]
+        raise ConfigError(f"{first}: missing; set {first}=...")
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+
+
+def _check_data(plain: dict[str, Any]) -> None:
     data = dict(plain["data"])
     build = data.pop("build", None)
     check_target("data", data, given=("batch", "accumulate", "total_samples", "seed"))
@@ -38,8 +63,6 @@ def check(cfg: DictConfig) -> None:
         if from_lm:
             check_fields("lm", plain["lm"], lm_load.load)
             check_fields("text", plain["text"], lm_text.documents)
-    check_target("trainer", plain["trainer"], given=("callbacks", "logger", "max_epochs"))
-    _check_relations(plain)
 
 
 def _check_numbers(plain: dict[str, Any]) -> None:
@@ -74,7 +97,8 @@ def _check_relations(plain: dict[str, Any]) -> None:
         below, above = batch // unit * unit, -(-batch // unit) * unit
         right = f"{below} or {above}" if below else str(above)
         raise ConfigError(
-            f"batch = {batch}: must be a multiple of data.num_streams x accumulate = {streams} x {accumulate}, e.g. {right}"
+            f"batch = {batch}: must be a multiple of data.num_streams x accumulate = {streams} x {accumulate}, "
+            f"e.g. {right}"
         )
     if plain["samples"] < batch:
         raise ConfigError(f"samples = {plain['samples']}: the budget is less than one batch of {batch}")

@@ -9,7 +9,7 @@ from sparsepilot.errors import ConfigError
 
 FREE = ("trainer", "logger", "callbacks", "threads", "run_dir", "resume", "check", "accumulate", "lm", "text",
         "data.path", "data.prefetch_batches", "data.val_batch", "data.build")  # fmt: skip
-"""Fields that change neither what is learned nor in which order; `data.path` because the fingerprint is compared too."""
+"""Fields that change neither what is learned nor in which order; a moved `data.path` is held to its fingerprint."""
 
 
 class Change(NamedTuple):
@@ -34,8 +34,8 @@ def allowed_changes(was: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     if refused:
         listed = "; ".join(str(change) for change in refused)
         raise ConfigError(
-            f"this run was begun with another configuration ({listed}); it can go on only as it was, or begin anew: set "
-            "another run_dir, or resume=never"
+            f"this run was begun with another configuration ({listed}); it can go on only as it was, or "
+            "begin anew: set another run_dir, or resume=never"
         )
     return changes
 

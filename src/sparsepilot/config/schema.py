@@ -64,6 +64,18 @@ class Config:
     """compose, build, run one batch, print sizes, stop"""
 
 
+@dataclass
+class CacheConfig:
+    """Everything that `scripts/cache_activations.py` reads."""
+
+    data: Any = MISSING
+    lm: Any = MISSING
+    text: Any = MISSING
+    rank: int | None = MISSING
+    world: int | None = MISSING
+
+
 def register() -> None:
-    """Makes the schema known to Hydra under the name `schema`; conf/train.yaml puts it first."""
+    """Makes the schemas known to Hydra; conf/train.yaml and conf/cache.yaml put them first."""
     ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="cache_schema", node=CacheConfig)

@@ -82,8 +82,8 @@ def load(path: str | Path) -> Dictionary:
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{folder}: the saved autoencoder is damaged ({error})") from error
     if not isinstance(cfg, dict) or cfg.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / CONFIG}: format {cfg.get('format') if isinstance(cfg, dict) else cfg!r} is not "
-                              f"known; this version reads format {FORMAT}")  # fmt: skip
+        found = cfg.get("format") if isinstance(cfg, dict) else cfg
+        raise CheckpointError(f"{folder / CONFIG}: format {found!r} is not known; this version reads format {FORMAT}")
     if cfg.get("architecture") != "topk":
         raise CheckpointError(f"{folder / CONFIG}: architecture {cfg.get('architecture')!r} is not known; known: topk")
     d_in, d_sae = cfg.get("d_in"), cfg.get("d_sae")

@@ -39,7 +39,7 @@ class FiringDensity(Metric):
         return self.num_fired_F.double() / self.num_rows
 
     def histogram(self) -> list[int]:
-        """Latents per bin of `LOG10_EDGES`; those that never fired are in no bin, those below the first edge in the first."""
+        """Latents per bin of `LOG10_EDGES`; those that never fired are in none."""
         density_F = self.compute()
         logs = density_F[density_F > 0].log10().clamp(LOG10_EDGES[0], LOG10_EDGES[-1])
         counts = torch.histogram(logs.cpu(), torch.tensor(LOG10_EDGES, dtype=torch.float64)).hist

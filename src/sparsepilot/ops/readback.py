@@ -9,8 +9,8 @@ from torch import Tensor
 class Readback:
     """Copies a small tensor to the host in the background; `take()` returns what was last copied.
 
-    On CPU the value is there at once. On an accelerator the copy goes to pinned memory and `take()` waits only for a copy
-    that was begun a whole step earlier.
+    On CPU the value is there at once. On an accelerator the copy goes to pinned memory, and `take()` waits only for a
+    copy that was begun a whole step earlier.
     """
 
     def __init__(self) -> None:

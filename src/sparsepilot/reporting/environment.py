@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+PACKAGES = ("sparsepilot", "torch", "lightning", "zarr", "torchmetrics", "hydra-core")
+
 
 def environment() -> dict[str, Any]:
     """Versions, threads and the git commit: what a run's bits depend on beside its configuration."""

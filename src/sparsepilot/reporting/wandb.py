@@ -1,8 +1,9 @@
 """Weights & Biases, fed from a run folder.
 
-`metrics.jsonl` is the truth and W&B a copy of it. Online, rows are sent once a checkpoint covers them, so a killed run never
-shows a row that its resumed self will write again. Offline there is nobody to watch, so the copy is made in one go when
-training ends (or by scripts/sync_wandb.py after a kill): one folder, each step once, however often the run was broken.
+`metrics.jsonl` is the truth and W&B a copy of it. Online, rows are sent once a checkpoint covers them, so a killed run
+never shows a row that its resumed self will write again. Offline there is nobody to watch, so the copy is made in one
+go when training ends (or by scripts/sync_wandb.py after a kill): one folder, each step once, however often the run
+was broken.
 """
 
 from __future__ import annotations

@@ -194,8 +194,8 @@ class TrainingModule(L.LightningModule):
         """Which rows of this step's micro-batches hold NaN or infinity, or that the input is clean."""
         found: list[str] = []
         for number, batch in enumerate(self._micro_batches):
-            for row in (~torch.isfinite(batch.x_BD).all(dim=1)).nonzero().flatten().tolist():
-                found.append(f"row {row} of micro-batch {number}")
+            rows = (~torch.isfinite(batch.x_BD).all(dim=1)).nonzero().flatten().tolist()
+            found += [f"row {row} of micro-batch {number}" for row in rows]
         if not found:
             return "every input row is finite, so the parameters or the learning rate are to blame"
         return "not finite in the input: " + ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
@@ -228,7 +228,8 @@ class TrainingModule(L.LightningModule):
             theirs = saved["shapes"].get(name)
             if theirs != list(parameter.shape):
                 raise CheckpointError(
-                    f"the checkpoint's {name} has shape {theirs}, this run's has {list(parameter.shape)}: use the same model"
+                    f"the checkpoint's {name} has shape {theirs}, this run's has {list(parameter.shape)}: "
+                    "use the same model"
                 )
         self.samples = saved["samples"]
 
