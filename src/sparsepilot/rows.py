@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sparsepilot import faults
+from sparsepilot.errors import CheckpointError
 
 RowMapping = Mapping[str, Any]
 
@@ -42,13 +44,21 @@ class RowFile:
         self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115 - stays open as long as the run
 
     def append(self, row: RowMapping) -> None:
-        """Writes one row in one go."""
+        """Writes one row in one go; CheckpointError when the disk is full: a torn last line is cut on resume."""
         line = json.dumps(row).encode() + b"\n"
         if faults.is_armed(self._fault):
             self._file.write(line[: len(line) // 2])
             faults.point(self._fault)
             line = line[len(line) // 2 :]
-        self._file.write(line)
+        try:
+            while line:  # a nearly full disk takes a part of it
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
+            raise CheckpointError(
+                f"cannot write {self._file.name}: {why}; checkpoints written before are whole, free some space and "
+                "start again"
+            ) from error
 
     def sync(self) -> None:
         """Makes what was appended durable; called before a checkpoint that relies on it."""
