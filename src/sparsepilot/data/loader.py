@@ -13,7 +13,7 @@ from sparsepilot.data.cache import Cache
 from sparsepilot.data.dtypes import batch_dtype
 from sparsepilot.data.order import Order
 from sparsepilot.data.prefetch import Prefetcher
-from sparsepilot.data.window import StreamWindow
+from sparsepilot.data.window import Windows
 from sparsepilot.errors import ConfigError, DataError
 from sparsepilot.types import Batch
 
@@ -33,7 +33,7 @@ def streams_of_rank(num_streams: int, rank: int, world: int) -> range:
 
 
 READ_THREADS = 4
-"""Slabs in flight at once. Each waits half of its time for zarr's event loop; more than 4 gained nothing on 2 cores."""
+"""Slabs in flight at once. More than 4 gained nothing on 2 cores."""
 
 
 class _Loader:
@@ -119,17 +119,15 @@ class TrainLoader(_Loader):
 
     def _batches(self) -> Generator[Batch]:
         with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="sparsepilot-read") as pool:
-            windows = [StreamWindow(self.cache, self.sites, self.order, stream, pool) for stream in self.streams]
-            yield from self._micro_batches(windows)
+            yield from self._micro_batches(Windows(self.cache, self.sites, self.order, self.streams, pool))
 
-    def _micro_batches(self, windows: list[StreamWindow]) -> Iterator[Batch]:
+    def _micro_batches(self, windows: Windows) -> Iterator[Batch]:
         count = self.batch // (self.order.num_streams * self.accumulate)  # rows per stream and micro-batch
         width = sum(self.cache.widths[site] for site in self.sites)
         start = self.start_sample // self.order.num_streams
         for micro in range(len(self)):
-            x_BD = torch.empty(count * len(windows), width, dtype=batch_dtype(self.cache.dtype))
-            for i, window in enumerate(windows):
-                window.take(start + micro * count, x_BD[i * count : (i + 1) * count])
+            x_BD = torch.empty(count * len(self.streams), width, dtype=batch_dtype(self.cache.dtype))
+            windows.take(start + micro * count, count, x_BD)
             yield Batch(x_BD, self.start_sample + micro // self.accumulate * self.batch)
 
 

@@ -31,41 +31,46 @@ def window_rows_per_stream(window_mb: int, num_streams: int, widths: Sequence[in
     return rows
 
 
-class StreamWindow:
-    """Gives the rows of one stream in order, holding one block of it.
+class Windows:
+    """Gives the rows of several streams in order, holding one block of each.
 
-    A block is dropped before the next one is read into the same memory, so a window never holds more than
-    min(w, n_s) rows, whatever is being read. Blocks are read as whole slabs, rows are picked in memory.
+    A block is dropped before the stream's next one is read into the same memory, so never more than min(w, n_s) rows
+    per stream are held, whatever is being read. Blocks are read as whole slabs, rows are picked in memory.
     """
 
-    def __init__(self, cache: Cache, sites: Sequence[str], order: Order, stream: int, pool: Executor) -> None:
-        self._cache = cache
-        self._order = order
-        self._stream = stream
-        self._pool = pool
-        capacity = min(order.window_rows_per_stream, order.stream_rows(stream))
-        self._memory = {site: cache.empty(site, capacity) for site in sites}
-        self._scales = {site: torch.empty(capacity) for site in sites} if cache.dtype == "int8" else {}
-        self._block: Block | None = None
-        self._shuffle = np.empty(0, dtype=np.int64)
+    def __init__(
+        self, cache: Cache, sites: Sequence[str], order: Order, streams: Sequence[int], pool: Executor
+    ) -> None:
+        self._cache, self._order, self._streams, self._pool = cache, order, streams, pool
+        room = [min(order.window_rows_per_stream, order.stream_rows(stream)) for stream in streams]
+        self._bases = [0, *itertools.accumulate(room)]
+        self._memory = {site: cache.empty(site, self._bases[-1]) for site in sites}
+        self._scales = {site: torch.empty(self._bases[-1]) for site in sites} if cache.dtype == "int8" else {}
+        self._blocks: list[Block | None] = [None] * len(streams)
+        self._places: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(streams)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of stored rows that this window can hold."""
-        return sum(m.nbytes for m in (*self._memory.values(), *self._scales.values()))
-
-    def take(self, start: int, out_BD: Tensor) -> None:
-        """Fills `out_BD` with the stream's rows from number `start` on, the sites side by side."""
-        done = 0
-        while done < len(out_BD):
-            block = self._hold(start + done)
-            count = min(len(out_BD) - done, block.stop - start - done)
-            place = start + done - block.start
-            self._gather(self._shuffle[place : place + count], out_BD[done : done + count])
-            done += count
+    def take(self, start: int, count: int, out_BD: Tensor) -> None:
+        """Fills `out_BD` with rows number [start, start + count) of each stream, stream after stream."""
+        which_B = np.zeros(len(out_BD), dtype=np.int64)
+        crossing = []
+        for i, block in enumerate(self._blocks):
+            if block is not None and block.start <= start and start + count <= block.stop:
+                which_B[i * count : (i + 1) * count] = self._places[i][start - block.start :][:count]
+            else:
+                crossing.append(i)
+        if len(crossing) < len(self._blocks):
+            self._gather(which_B, out_BD)
+        for i in crossing:  # a few streams at most: blocks end at different times
+            done = 0
+            while done < count:
+                block = self._hold(i, start + done)
+                step = min(count - done, block.stop - start - done)
+                which = self._places[i][start + done - block.start :][:step]
+                self._gather(which, out_BD[i * count + done : i * count + done + step])
+                done += step
 
     def _gather(self, which_B: np.ndarray, out_BD: Tensor) -> None:
-        # numpy, not torch.index_select: that one starts two OpenMP threads for these 70 KB, and where the cores are
+        # numpy, not torch.index_select: that one splits small gathers over OpenMP threads, and where the cores are
         # busy (training!) each waits at the barrier for the other; 30 times slower was seen. One thread is enough.
         column = 0
         for site, memory_ND in self._memory.items():
@@ -80,6 +85,18 @@ class StreamWindow:
                 as_numpy(target_BD)[:] = as_numpy(memory_ND)[which_B]
             column += width
 
+    def _hold(self, i: int, t: int) -> Block:
+        block = self._blocks[i]
+        if block is None or not block.start <= t < block.stop:
+            self._blocks[i] = None  # a failed read must not leave half a block that looks like a whole one
+            block = self._order.block_at(self._streams[i], t)
+            slabs = self._order.slabs(block)
+            places = itertools.accumulate((last - first for first, last in slabs), initial=self._bases[i])
+            list(self._pool.map(self._read_slab, slabs, places))  # list() waits for all and raises the first error
+            self._places[i] = self._order.shuffle(block) + self._bases[i]
+            self._blocks[i] = block
+        return block
+
     def _read_slab(self, slab: tuple[int, int], place: int) -> None:
         first, last = slab
         where = slice(place, place + last - first)
@@ -87,15 +104,3 @@ class StreamWindow:
             self._cache.read_into(site, first, memory_ND[where])
             if self._scales:
                 self._cache.read_scales_into(site, first, self._scales[site][where])
-
-    def _hold(self, t: int) -> Block:
-        if self._block is None or not self._block.start <= t < self._block.stop:
-            self._block = None  # a failed read must not leave half a block that looks like a whole one
-            block = self._order.block_at(self._stream, t)
-            slabs = self._order.slabs(block)
-            places = itertools.accumulate((last - first for first, last in slabs), initial=0)
-            # list() waits for all of them and raises the first error
-            list(self._pool.map(self._read_slab, slabs, places))
-            self._shuffle = self._order.shuffle(block)
-            self._block = block
-        return self._block

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import tiny_cache
+import torch
 
-from sparsepilot.data import layout
+from sparsepilot.data import layout, shards
 from sparsepilot.data.cache import Cache
 from sparsepilot.errors import DataError
 
@@ -134,3 +135,11 @@ def test_sites_that_are_not_there(path: Path) -> None:
     with pytest.raises(DataError, match="rows 800 to 831 of 830 cannot be read"):
         cache.read(SITE, 800, 831)
     assert cache.planted_features() is None
+
+
+def test_a_range_of_more_chunks_than_one_system_call_takes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Cache(path).read(SITE, 0, 830)
+    monkeypatch.setattr(shards, "_MAX_CHUNKS_PER_CALL", 3)
+    cache = Cache(path)
+    for start, stop in [(0, 830), (5, 829), (33, 127), (40, 50), (100, 140)]:
+        assert torch.equal(cache.read(SITE, start, stop), whole[start:stop])
