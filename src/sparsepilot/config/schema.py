@@ -73,6 +73,11 @@ class CacheConfig:
     text: Any = MISSING
     rank: int | None = MISSING
     world: int | None = MISSING
+    # a data group may suit a run's sizes to itself (data=synthetic does); a cache has no use for them
+    model: Any = None
+    optimizer: Any = None
+    samples: Any = None
+    batch: Any = None
 
 
 def register() -> None:

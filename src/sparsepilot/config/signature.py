@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_type_hints
 
-from hydra.utils import get_object
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
@@ -21,8 +21,8 @@ def check_target(group: str, node: Mapping[str, Any], given: Collection[str] = (
     Raises ConfigError when the target cannot be imported, too.
     """
     try:
-        target = get_object(node["_target_"])
-    except Exception as error:
+        target = pkgutil.resolve_name(node["_target_"])
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{group}._target_ = {node['_target_']!r}: cannot be imported ({error})") from error
     check_fields(group, node, target, given)
 

@@ -70,6 +70,9 @@ class Trainee(nn.Module):
         self.register_buffer("sums_S", torch.zeros(num_sums, dtype=torch.float64), persistent=False)
         self._pending = Readback()
         self._pending_l0: float | None = None
+        # who is dead is settled once per optimizer step: a latent that fires in the first micro-batch is not spared in
+        # the second, as it would not be in one big batch
+        self._dead_ids_A: Tensor | None = None
 
     def forward(self, x_BD: Tensor, samples: int) -> Tensor:
         """The loss of one micro-batch.
@@ -79,8 +82,9 @@ class Trainee(nn.Module):
             samples: the clock after the present global batch.
         """
         x_BD = x_BD[:, self.columns].float() * self.scale
-        dead_ids_A = self.dead.dead_mask().nonzero().squeeze(1)
-        step = self.autoencoder(x_BD, self.controller.strength, dead_ids_A, self.mean_sq_residual)
+        if self._dead_ids_A is None:
+            self._dead_ids_A = self.dead.dead_mask().nonzero().squeeze(1)
+        step = self.autoencoder(x_BD, self.controller.strength, self._dead_ids_A, self.mean_sq_residual)
         self._measure(x_BD, step, samples)
         return step.loss  # type: ignore[no-any-return]
 
@@ -140,6 +144,7 @@ class Trainee(nn.Module):
         self.mean_sq_residual.copy_(self.sums_S[4 + self.term_names.index("recon")] / num_rows)
         self._pending.begin((self.sums_S[1] / num_rows).reshape(1))
         self._pending_l0 = None
+        self._dead_ids_A = None
         self.sums_S.zero_()
 
     def _take_l0(self) -> float | None:

@@ -1,0 +1,75 @@
+"""What all tests share: one thread per process (two test processes run side by side), and in-process training runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from sparsepilot.config.resolvers import register_resolvers
+from sparsepilot.config.schema import register
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "data=synthetic",
+    "data.build.num_rows=6000",
+    "data.build.num_val_rows=512",
+    "data.build.d_in=16",
+    "data.build.num_features=32",
+    "data.num_streams=8",
+    "model.d_sae=64",
+    "model.k=4",
+    "batch=256",
+    "samples=5120",
+    "logger=none",
+)
+"""A run of 20 steps that takes a second."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _restore_determinism() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+Compose = Callable[..., DictConfig]
+Train = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def compose_cfg() -> Compose:
+    """compose_cfg("model.k=3", config="train"): the configuration as an entry point would see it."""
+    register()
+    register_resolvers()
+
+    def make(*overrides: str, config: str = "train") -> DictConfig:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return compose(config, overrides=list(overrides))
+
+    return make
+
+
+@pytest.fixture
+def train_tiny(compose_cfg: Compose, tmp_path: Path) -> Train:
+    """train_tiny("run_dir=...", ...): a tiny run in this process; the cache lies in tmp_path/cache."""
+    from sparsepilot.run import train
+
+    def run(*overrides: str) -> dict[str, Any]:
+        places = (f"data.path={tmp_path}/cache", f"run_dir={tmp_path}/run")
+        return train(compose_cfg(*TINY, *places, *overrides))
+
+    return run
