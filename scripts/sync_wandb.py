@@ -9,31 +9,24 @@ import sys
 
 from omegaconf import OmegaConf
 
-from sparsepilot.config.cli import user_errors
-from sparsepilot.errors import ConfigError, nearest
+from sparsepilot.config.cli import arguments, user_errors
+from sparsepilot.errors import ConfigError
 from sparsepilot.reporting.environment import environment
 from sparsepilot.reporting.wandb import LiveRun, resolve_mode, write_offline_run
 from sparsepilot.run_folder import RunFolder
 
 DEFAULTS = {"project": "sparsepilot", "entity": None, "group": None, "tags": []}
-FIELDS = {"run_dir": "???", "mode": "auto"}
 
 
 def main() -> None:
     """Reads run_dir=... and mode=... from the command line."""
-    given = OmegaConf.from_cli(sys.argv[1:])
-    for key in given:
-        if key not in FIELDS:
-            raise ConfigError(f"{key}: there is no such field; {nearest(str(key), FIELDS)}")
-    cfg = OmegaConf.merge(FIELDS, given)
-    if OmegaConf.is_missing(cfg, "run_dir"):
-        raise ConfigError("run_dir: missing; set run_dir=runs/...")
-    folder = RunFolder(cfg.run_dir)
+    cfg = arguments(sys.argv[1:], {"run_dir": "???", "mode": "auto"})
+    folder = RunFolder(cfg["run_dir"])
     if not folder.exists():
-        raise ConfigError(f"run_dir = {cfg.run_dir}: there is no run here (no config.yaml)")
+        raise ConfigError(f"run_dir = {cfg['run_dir']}: there is no run here (no config.yaml)")
     saved = (OmegaConf.to_container(OmegaConf.load(folder.config)) or {}).get("logger") or {}
     settings = {**DEFAULTS, **(saved.get("wandb") or {})}
-    if resolve_mode(cfg.mode) == "online":
+    if resolve_mode(cfg["mode"]) == "online":
         live = LiveRun(folder, settings, environment())
         live.after_checkpoint(samples=sys.maxsize)
         live.close()

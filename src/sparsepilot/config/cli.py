@@ -8,14 +8,15 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsepilot.config.resolvers import register_resolvers
 from sparsepilot.config.schema import register
-from sparsepilot.errors import SparsepilotError, nearest
+from sparsepilot.errors import ConfigError, SparsepilotError, nearest
 
 
 def run(main: Callable[[], None]) -> None:
@@ -41,6 +42,22 @@ def user_errors() -> Iterator[None]:
             traceback.print_exc()
         print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def arguments(given: list[str], fields: dict[str, Any]) -> dict[str, Any]:
+    """field=value arguments of a small script, without Hydra's groups.
+
+    Raises ConfigError for a field that is not in `fields` (name -> default, "???" where one is required).
+    """
+    cfg = OmegaConf.from_cli(given)
+    for key in map(str, cfg):
+        if key not in fields:
+            raise ConfigError(f"{key} = {cfg[key]}: there is no such field; {nearest(key, fields)}")
+    merged = OmegaConf.merge(fields, cfg)
+    for key in fields:
+        if OmegaConf.is_missing(merged, key):
+            raise ConfigError(f"{key}: missing; set {key}=...")
+    return cast(dict[str, Any], OmegaConf.to_container(merged))
 
 
 def one_line(error: BaseException) -> str:

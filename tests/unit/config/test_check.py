@@ -33,7 +33,10 @@ ROOT = Path(__file__).parents[3]
         ("clip_norm=0", "clip_norm = 0.0: a positive norm is needed"),
         ("controller.strength=-1", "controller.strength = -1: should be greater than or equal to 0"),
         ("+schedule.warmup=5", "schedule.warmup = 5: there is no such field; did you mean 'warmup_samples'?"),
-        ("model._target_=sparsepilot.autoencoders.topk.TopKK", "model._target_ = 'sparsepilot.autoencoders.topk.TopKK'"),
+        (
+            "model._target_=sparsepilot.autoencoders.topk.TopKK",
+            "model._target_ = 'sparsepilot.autoencoders.topk.TopKK'",
+        ),
         ("+data.build.featurs=3", "data.build.featurs = 3: there is no such field"),
         ("callbacks.checkpoint_every_minutes=0", "callbacks.checkpoint_every_minutes = 0.0: a positive time is needed"),
         ("model.d_sae=???", "model.d_sae: missing; set model.d_sae=..."),
@@ -95,7 +98,14 @@ def test_resume_lists_what_may_change_and_refuses_the_rest(compose_cfg) -> None:
     was = plain(compose_cfg("run_dir=a"))
     changes = allowed_changes(was, plain(compose_cfg("run_dir=a", "logger=none", "samples=9_000_000", "accumulate=2")))
     assert "samples: 2500000 -> 9000000" in [str(change) for change in changes]
-    for refused in ("model.k=16", "batch=8192", "seed=1", "optimizer.lr=3e-5", "data.num_streams=32", "samples=1000000"):
+    for refused in (
+        "model.k=16",
+        "batch=8192",
+        "seed=1",
+        "optimizer.lr=3e-5",
+        "data.num_streams=32",
+        "samples=1000000",
+    ):
         with pytest.raises(ConfigError, match="another configuration") as error:
             allowed_changes(was, plain(compose_cfg("run_dir=a", refused)))
         assert refused.partition("=")[0] in str(error.value)
