@@ -1,0 +1,44 @@
+"""A controller and a schedule for runs that get killed: both hang on saved state, and both can be killed in.
+
+The repository's `constant` controller and schedule would hide a measurement or a clock that was lost on resume.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from sparsepilot import faults, schedules
+from sparsepilot.controllers.base import Controller
+
+
+class SteppedK(Controller):
+    """k = 3 + floor(sum of all measured L0) mod 4: one lost measurement changes k for the rest of the run.
+
+    `strength` is there because the command line replaces the class of conf/controller/constant.yaml, and is not used.
+    """
+
+    def __init__(self, strength: float | None = None) -> None:
+        self.total = 0.0
+
+    def bind(self, kind: Literal["k", "penalty"], initial: float, low: float, high: float, total_samples: int) -> None:
+        self.strength = float(initial)
+
+    def update(self, measured: float | None, samples: int) -> float:
+        faults.point("mid-step-controller")  # the parameters and the clock have moved, the step's sums are still there
+        if measured is not None:
+            self.total += measured
+            self.strength = float(3 + int(self.total) % 4)
+        return self.strength
+
+    def state_dict(self) -> dict[str, float | int]:
+        return {"strength": self.strength, "total": self.total}
+
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
+        faults.point("resume-state")  # some of the checkpoint's tensors are copied, some are not
+        self.strength, self.total = state["strength"], state.get("total", 0.0)
+
+
+def cosine(samples: int, total_samples: int, lr: float, warmup_samples: int = 0) -> float:
+    """`schedules.cosine`; asked once per optimizer step, after all its micro-batches but the last."""
+    faults.point("step-start")
+    return schedules.cosine(samples, total_samples, lr, warmup_samples)
