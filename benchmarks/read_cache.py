@@ -80,8 +80,9 @@ def drop(files: list[Path]) -> float:
                 flags = (ctypes.c_ubyte * pages)()
                 view = np.frombuffer(mapped, dtype=np.uint8)
                 address = ctypes.c_void_p(view.ctypes.data)
-                if libc.mincore(address, ctypes.c_size_t(len(mapped)), flags) == 0:
-                    resident += int((np.frombuffer(flags, dtype=np.uint8) & 1).sum())
+                if libc.mincore(address, ctypes.c_size_t(len(mapped)), flags) != 0:
+                    raise OSError(ctypes.get_errno(), "mincore cannot tell whether the pages were dropped")
+                resident += int((np.frombuffer(flags, dtype=np.uint8) & 1).sum())
                 total += pages
                 del view
         finally:

@@ -33,7 +33,7 @@ def streams_of_rank(num_streams: int, rank: int, world: int) -> range:
 
 
 READ_THREADS = 4
-"""Slabs in flight at once. More than 4 gained nothing on 2 cores."""
+"""Slabs in flight at once. Warm reads on 2 busy cores did not tell 1, 2 and 4 apart; a slow disk may."""
 
 
 class _Loader:

@@ -11,7 +11,7 @@ from sparsepilot.data.dtypes import STORED, row_bytes
 from sparsepilot.errors import ConfigError, nearest
 
 CHUNK_BYTES = 256 * 1024
-"""Aim for one chunk: small chunks mix better and stay inside the allocator's fast path; docs/log.md has the figures."""
+"""Aim for one chunk: small chunks mix better (order.py has the formula) and cost the shuffled loader little."""
 MAX_CHUNK_BYTES = 2**30
 SHARD_BYTES = 64 * 1024 * 1024
 """Aim for one shard over all sites: a writer holds one shard in memory."""

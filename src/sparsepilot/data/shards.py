@@ -8,7 +8,7 @@ ready-made ways serves here (chunks of 256 rows of 1152 bytes, warm, 2 cores):
   comes back silently; and it reads 0.9 GB/s in single chunks;
 - zarr-python checks, but spends 0.7 ms per call in its event loop: 0.4 GB/s.
 
-`preadv` into the destination and one crc32c per chunk read 5 GB/s and need no global configuration.
+`preadv` into the destination and one crc32c per chunk read 5 GB/s in a bare loop, and need no global configuration.
 """
 
 from __future__ import annotations

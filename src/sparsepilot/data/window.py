@@ -70,8 +70,8 @@ class Windows:
                 done += step
 
     def _gather(self, which_B: np.ndarray, out_BD: Tensor) -> None:
-        # numpy, not torch.index_select: that one splits small gathers over OpenMP threads, and where the cores are
-        # busy (training!) each waits at the barrier for the other; 30 times slower was seen. One thread is enough.
+        # numpy, not torch.index_select: beside other work on the same two cores that one was seen 30 times slower or
+        # more (its OpenMP threads waiting for each other, it seems). One thread is enough.
         column = 0
         for site, memory_ND in self._memory.items():
             width = memory_ND.shape[1]
