@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -115,11 +116,12 @@ class TrainLoader(_Loader):
     def window_bytes(self) -> int:
         """Bytes of stored rows that this rank holds at most."""
         row = sum(self.cache.row_bytes(site) for site in self.sites)
-        return sum(min(self.order.window_rows_per_stream, self.order.stream_rows(s)) * row for s in self.streams)
+        return sum(2 * min(self.order.window_rows_per_stream, self.order.stream_rows(s)) * row for s in self.streams)
 
     def _batches(self) -> Generator[Batch]:
         with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="sparsepilot-read") as pool:
-            yield from self._micro_batches(Windows(self.cache, self.sites, self.order, self.streams, pool))
+            with closing(Windows(self.cache, self.sites, self.order, self.streams, pool)) as windows:
+                yield from self._micro_batches(windows)
 
     def _micro_batches(self, windows: Windows) -> Iterator[Batch]:
         count = self.batch // (self.order.num_streams * self.accumulate)  # rows per stream and micro-batch

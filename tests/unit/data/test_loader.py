@@ -108,7 +108,9 @@ def test_what_does_not_divide_is_refused(cache: Cache) -> None:
         TrainLoader(cache, SITES, Order(699, 32, 8, 40, 3), 16, 1, 1000)
     with pytest.raises(DataError, match="3 validation rows for 4 ranks"):
         ValLoader(cache, SITES, 16, 3, 0, 4)
-    with pytest.raises(ConfigError, match="window_mb=0 holds not one row of 64 bytes per stream; at least 1 is needed"):
+    with pytest.raises(
+        ConfigError, match="window_mb=0 holds not two rows of 64 bytes per stream; at least 1 is needed"
+    ):
         window_rows_per_stream(0, 64, [24, 8], "bfloat16")
 
 
