@@ -119,9 +119,11 @@ class TrainLoader(_Loader):
         return sum(2 * min(self.order.window_rows_per_stream, self.order.stream_rows(s)) * row for s in self.streams)
 
     def _batches(self) -> Generator[Batch]:
-        with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="sparsepilot-read") as pool:
-            with closing(Windows(self.cache, self.sites, self.order, self.streams, pool)) as windows:
-                yield from self._micro_batches(windows)
+        with (
+            ThreadPoolExecutor(READ_THREADS, thread_name_prefix="sparsepilot-read") as pool,
+            closing(Windows(self.cache, self.sites, self.order, self.streams, pool)) as windows,
+        ):
+            yield from self._micro_batches(windows)
 
     def _micro_batches(self, windows: Windows) -> Iterator[Batch]:
         count = self.batch // (self.order.num_streams * self.accumulate)  # rows per stream and micro-batch

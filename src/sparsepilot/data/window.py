@@ -19,7 +19,8 @@ from sparsepilot.errors import ConfigError
 def window_rows_per_stream(window_mb: int, num_streams: int, widths: Sequence[int], dtype: str) -> int:
     """Rows per stream and block with which all streams together hold at most `window_mb` MiB of stored rows.
 
-    A stream holds two blocks, one in use and one being read. It does not depend on the number of ranks, because the order of rows hangs on it; of R ranks each holds 1/R of it.
+    A stream holds two blocks, one in use and one being read. It does not depend on the number of ranks, because the
+    order of rows hangs on it; of R ranks each holds 1/R of it.
     """
     row = sum(row_bytes(width, dtype) for width in widths)
     rows = window_mb * 2**20 // (2 * num_streams * row)
@@ -34,8 +35,8 @@ def window_rows_per_stream(window_mb: int, num_streams: int, widths: Sequence[in
 class Windows:
     """Gives the rows of several streams in order, holding two blocks of each: one in use, the next being read.
 
-    A block is read, as whole slabs, into the memory of the one before the last, so never more than 2 min(w, n_s) rows per
-    stream are held. Reading ahead goes on in one thread of its own, so that it is spread over the time that the present
+    A block is read, as whole slabs, into the memory of the one before the last, so never more than 2 min(w, n_s) rows
+    per stream are held. Reading ahead goes on in one thread of its own, so that it is spread over the time that the present
     blocks last, the ends of passes included, where all streams reach their next block at once. `close` ends it.
     """
 
