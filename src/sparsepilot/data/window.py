@@ -36,8 +36,8 @@ class Windows:
     """Gives the rows of several streams in order, holding two blocks of each: one in use, the next being read.
 
     A block is read, as whole slabs, into the memory of the one before the last, so never more than 2 min(w, n_s) rows
-    per stream are held. Reading ahead goes on in one thread of its own, so that it is spread over the time that the present
-    blocks last, the ends of passes included, where all streams reach their next block at once. `close` ends it.
+    per stream are held. One thread reads ahead, so that this is spread over the time that the present blocks last, the
+    ends of passes included, where all streams reach their next block at once. `close` ends it.
     """
 
     def __init__(

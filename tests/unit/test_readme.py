@@ -1,0 +1,24 @@
+"""The README's tree names every file of the package and none that is not there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_tree_is_complete() -> None:
+    tree = re.search(r"## The tree\n+```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert tree is not None
+    part = tree[1].partition("src/sparsepilot/")[2].partition("\ntests/")[0]
+    folder, named = "", set()
+    for line in part.splitlines():
+        if match := re.match(r"  (\w+)/$", line):
+            folder = match[1] + "/"
+            continue
+        indent = "" if line.startswith("  ") and not line.startswith("    ") else folder
+        named |= {indent + name for name in re.findall(r"[\w/]+\.py", line[:26])}
+    package = ROOT / "src" / "sparsepilot"
+    there = {str(p.relative_to(package)) for p in package.rglob("*.py") if p.name != "__init__.py"}
+    assert named == there
