@@ -34,17 +34,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `killing`, from 
 
 from killing.plan import POINTS, Cell, plan
 from killing.planted_bug import BUGS
-from killing.runs import BATCH, REPOSITORY, VARIANTS, RunUnderTest
+from killing.runs import BATCH, REPOSITORY, RunUnderTest
 
 Result = dict[str, Any]
 MEMORY_DISK = Path("/dev/shm")
 KILLS_WITH_A_BUG = 3
+VARIANTS = (1, 2)
+"""micro-batches per step, and threads of torch"""
 
 
 def make_references(out: Path) -> None:
     """The cache and one unbroken run of each variant."""
     for accumulate in VARIANTS:
-        run = RunUnderTest(_reference(out, accumulate), out / "cache", accumulate)
+        run = RunUnderTest(_reference(out, accumulate), out / "cache", accumulate, threads=accumulate)
         if not (run.folder / "summary.json").exists():
             shutil.rmtree(run.folder, ignore_errors=True)
             ended = run.start()
@@ -60,7 +62,8 @@ def run_cell(out: Path, cell: Cell) -> Result:
         return dict(done)
     folder = out / "runs" / cell.name
     shutil.rmtree(folder, ignore_errors=True)  # a cell that an earlier campaign did not finish
-    run = RunUnderTest(folder, out / "cache", cell.accumulate, _reference(out, cell.accumulate), bug=cell.bug)
+    variant, reference = cell.accumulate, _reference(out, cell.accumulate)
+    run = RunUnderTest(folder, out / "cache", variant, reference, bug=cell.bug, threads=variant)
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory(dir=MEMORY_DISK if cell.other_tmpdir else None) as temporary:
         environment = {"TMPDIR": temporary}

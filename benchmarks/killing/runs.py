@@ -35,8 +35,6 @@ BASE = (
     *(f"callbacks.checkpoint_every_samples={BATCH * SAVE_STEPS}", "callbacks.checkpoint_every_minutes=1000"),
     f"callbacks.validate_every_samples={BATCH * VALIDATE_STEPS}",
 )
-VARIANTS = {1: ("accumulate=1", "threads=1"), 2: ("accumulate=2", "threads=2")}
-"""By micro-batches per step. The second trains with two threads as well."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ Launch = Callable[[list[str], Mapping[str, str]], Ended]
 def launch(arguments: list[str], environment: Mapping[str, str]) -> Ended:
     """A process of its own, in the repository's root."""
     path = os.pathsep.join(str(REPOSITORY / name) for name in ("benchmarks", "src"))
-    env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment}
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "COLUMNS": "500", **environment}
     command, pipe = [sys.executable, *arguments], subprocess.PIPE
     done = subprocess.run(command, cwd=REPOSITORY, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
     return Ended(done.returncode, done.stdout)
@@ -80,11 +78,11 @@ class RunUnderTest:
     Args:
         folder: of the run.
         cache: of the activation cache, made beforehand.
-        accumulate: micro-batches per step, see VARIANTS.
+        accumulate: micro-batches per step.
         reference: the unbroken run of the same variant; None for that run itself.
         launcher: how a process is started.
         bug: a name in planted_bug.BUGS, or none.
-        more: further overrides.
+        threads: of torch.
     """
 
     def __init__(
@@ -95,11 +93,12 @@ class RunUnderTest:
         reference: Path | None = None,
         launcher: Launch = launch,
         bug: str | None = None,
-        more: tuple[str, ...] = (),
+        threads: int = 1,
     ) -> None:
         self.folder, self.accumulate, self.reference, self.bug = folder, accumulate, reference, bug
         self._launch = launcher
-        self._options = (*BASE, f"data.path={cache}", *VARIANTS[accumulate], f"run_dir={folder}", *more)
+        own = (f"data.path={cache}", f"run_dir={folder}", f"accumulate={accumulate}", f"threads={threads}")
+        self._options = (*BASE, *own)
 
     def start(self, environment: Mapping[str, str] | None = None, more: tuple[str, ...] = ()) -> Ended:
         """Starts train.py, or goes on with it, until it ends one way or another."""

@@ -5,6 +5,8 @@ The repository's `constant` controller and schedule would hide a measurement or 
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Literal
 
 from sparsepilot import faults, schedules
@@ -39,6 +41,12 @@ class SteppedK(Controller):
 
 
 def cosine(samples: int, total_samples: int, lr: float, warmup_samples: int = 0) -> float:
-    """`schedules.cosine`; asked once per optimizer step, after all its micro-batches but the last."""
+    """`schedules.cosine`; asked once per optimizer step, after all its micro-batches but the last.
+
+    `KILLING_SIGNAL=SIGTERM:20480` sends this process a signal in the step that begins at so many samples.
+    """
     faults.point("step-start")
+    name, _, at_samples = os.environ.get("KILLING_SIGNAL", "").partition(":")
+    if name and samples == int(at_samples):
+        os.kill(os.getpid(), signal.Signals[name])
     return schedules.cosine(samples, total_samples, lr, warmup_samples)

@@ -1,8 +1,8 @@
 """Imports torch, Lightning and the rest once, then forks a process for each run that is asked for.
 
 A start of train.py is five seconds of imports and one of training. Forked, the imports are there already; all else is
-as in a process of its own: arguments, environment, working directory, signals, exit status, kill -9. Nothing has started
-a thread before the fork (the client checks), so the children may start theirs.
+as in a process of its own: arguments, environment, working directory, signals, exit status, kill -9. Nothing has
+started a thread before the fork (the client checks), so the children may start theirs.
 
 Requests and answers are lines of JSON: {"arguments", "environment", "folder", "out", "file_bytes"} -> {"pid"};
 {"wait": pid} -> {"code"}.
