@@ -118,6 +118,16 @@ class TrainLoader(_Loader):
         row = sum(self.cache.row_bytes(site) for site in self.sites)
         return sum(2 * min(self.order.window_rows_per_stream, self.order.stream_rows(s)) * row for s in self.streams)
 
+    def cache_rows(self, first_sample: int, micro: int, rows: Sequence[int]) -> list[int]:
+        """Cache rows that stand at `rows` of this rank's micro-batch number `micro` of the global batch there."""
+        count = self.batch // (self.order.num_streams * self.accumulate)
+        start = first_sample // self.order.num_streams + micro * count
+        found = []
+        for row in rows:
+            t = start + row % count
+            found.append(int(self.order.rows(self.streams[row // count], t, t + 1)[0]))
+        return found
+
     def _batches(self) -> Generator[Batch]:
         with (
             ThreadPoolExecutor(READ_THREADS, thread_name_prefix="sparsepilot-read") as pool,

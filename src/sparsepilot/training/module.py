@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -192,10 +193,14 @@ class TrainingModule(L.LightningModule):
 
     def _bad_rows(self) -> str:
         """Which rows of this step's micro-batches hold NaN or infinity, or that the input is clean."""
+        name_rows = getattr(self.trainer.train_dataloader, "cache_rows", None)
         found: list[str] = []
         for number, batch in enumerate(self._micro_batches):
             rows = (~torch.isfinite(batch.x_BD).all(dim=1)).nonzero().flatten().tolist()
-            found += [f"row {row} of micro-batch {number}" for row in rows]
+            if name_rows is not None:
+                found += [f"cache row {row}" for row in name_rows(batch.first_sample, number, rows)]
+            else:
+                found += [f"row {row} of micro-batch {number}" for row in rows]
         if not found:
             return "every input row is finite, so the parameters or the learning rate are to blame"
         return "not finite in the input: " + ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
@@ -207,6 +212,7 @@ class TrainingModule(L.LightningModule):
         checkpoint["sparsepilot"] = {
             "samples": self.samples,
             "batch": self.batch,
+            "made_with": self._made_with(),
             "architectures": {name: _trainee(t).autoencoder.architecture for name, t in self.trainees.items()},
             "shapes": {name: list(p.shape) for name, p in self.named_parameters()},
         }
@@ -232,6 +238,21 @@ class TrainingModule(L.LightningModule):
                     "use the same model"
                 )
         self.samples = saved["samples"]
+        differing = [f"{k} was {v}, is {self._made_with()[k]}" for k, v in saved["made_with"].items()
+                     if v != self._made_with()[k]]  # fmt: skip
+        if differing:
+            warnings.warn(
+                "resuming with the same order of data but not the same bits: " + "; ".join(differing), stacklevel=1
+            )
+
+    def _made_with(self) -> dict[str, str | int]:
+        """What the bits of a step depend on beside configuration and state."""
+        return {
+            "torch": str(torch.__version__),
+            "device": self.trainer.strategy.root_device.type,
+            "threads": torch.get_num_threads(),
+            "ranks": self.trainer.world_size,
+        }
 
     def on_train_start(self) -> None:
         """Tells Lightning how many steps lie behind, so that `trainer.global_step` continues."""

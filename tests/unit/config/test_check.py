@@ -51,7 +51,19 @@ def test_bad_values(compose_cfg, override: str, message: str) -> None:
 
 
 def _options() -> list[str]:
-    groups = ("model", "controller", "optimizer", "schedule", "trainer", "logger", "data", "lm", "text", "experiment")
+    groups = (
+        "model",
+        "controller",
+        "optimizer",
+        "schedule",
+        "trainer",
+        "logger",
+        "data",
+        "lm",
+        "text",
+        "experiment",
+        "debug",
+    )
     return [f"{group}={file.stem}" for group in groups for file in sorted((ROOT / "conf" / group).glob("*.yaml"))]
 
 

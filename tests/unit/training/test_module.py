@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sparsepilot
+from sparsepilot.data.order import Order
 from sparsepilot.errors import CheckpointError, NonFiniteError
 from sparsepilot.rows import read_rows
 
@@ -134,6 +135,16 @@ def test_resumed_twice_is_the_unbroken_run(train_tiny, tmp_path: Path) -> None:
     ]
 
 
+def test_resuming_with_other_threads_says_so(train_tiny) -> None:
+    train_tiny()
+    torch.set_num_threads(2)
+    try:
+        with pytest.warns(UserWarning, match="same order of data but not the same bits: threads was 1, is 2"):
+            train_tiny("samples=7680")
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_a_nan_row_stops_the_run_and_keeps_the_last_good_checkpoint(train_tiny, tmp_path, monkeypatch) -> None:
     from sparsepilot.data import loader
 
@@ -150,7 +161,8 @@ def test_a_nan_row_stops_the_run_and_keeps_the_last_good_checkpoint(train_tiny, 
         train_tiny("callbacks.checkpoint_every_samples=1024")
     message = str(error.value)
     assert "loss term 'recon' is not finite at step 13, samples 3072 to 3328" in message
-    assert "row 37 of micro-batch 0" in message
+    cache_row = Order(6000, 4096, 8, 6000, 0).batch_rows(3072, 256)[37]
+    assert f"not finite in the input: cache row {cache_row}" in message
     state = checkpoint_of(tmp_path / "run")
     assert state["sparsepilot"]["samples"] == 3072
     assert all(torch.isfinite(t).all() for t in state["state_dict"].values() if isinstance(t, torch.Tensor))
