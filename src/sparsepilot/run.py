@@ -64,7 +64,7 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
     if resumed is not None:
         data.start_sample = resumed[0]
     module = build_module(cfg, data)
-    record_start(cfg, folder)
+    record_start(cfg, folder, data.cache.fingerprint)
     wandb_node = (cfg.logger or {}).get("wandb")
     wandb_mode = resolve_mode(wandb_node.mode) if wandb_node else "disabled"
     live = LiveRun(folder, plain(cfg)["logger"]["wandb"], environment()) if wandb_mode == "online" else None
@@ -136,14 +136,16 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
 
 
-def record_start(cfg: DictConfig, folder: RunFolder) -> None:
+def record_start(cfg: DictConfig, folder: RunFolder, cache_fingerprint: str) -> None:
     """Writes config.yaml (keeping the one before, where it changed) and run.json."""
     folder.path.mkdir(parents=True, exist_ok=True)
     text = OmegaConf.to_yaml(OmegaConf.create(plain(cfg)))
     if folder.exists() and (before := folder.config.read_text(encoding="utf-8")) != text:
         folder.older_config().write_text(before, encoding="utf-8")
     if not folder.identity.exists():
-        write_json(folder.identity, {"id": os.urandom(4).hex(), "made": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        made = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        identity = {"id": os.urandom(4).hex(), "made": made, "cache_fingerprint": cache_fingerprint}
+        write_json(folder.identity, identity)
     with replacing(folder.config) as file:
         file.write(text)
         faults.point("config-write")

@@ -48,6 +48,11 @@ class StopAtStep(Checkpoint):
             if self._checkpoint.saved_samples != pl_module.samples:
                 self._checkpoint.save(trainer, pl_module)
             self._restore()
+            if trainer.is_global_zero:
+                print(
+                    f"stopped and saved at {pl_module.samples:,} samples; the same command goes on from there",
+                    flush=True,
+                )
             raise SystemExit(0)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

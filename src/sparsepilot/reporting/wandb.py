@@ -73,7 +73,7 @@ def begin(
         dir=into,
         mode=mode,
         resume="allow" if mode == "online" else None,
-        config={**config, "environment": dict(environment)},
+        config={**config, "environment": dict(environment), "cache_fingerprint": identity["cache_fingerprint"]},
         settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, x_save_requirements=False),
     )
     run.define_metric("samples")
