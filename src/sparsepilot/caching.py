@@ -8,11 +8,11 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 from pydantic import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sparsepilot.config.instantiate import instantiate
 from sparsepilot.data.cache import Cache
 from sparsepilot.data.layout import MANIFEST_FILE
 from sparsepilot.data.plan import CachePlan

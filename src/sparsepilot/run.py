@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
@@ -28,6 +27,7 @@ from sparsepilot.callbacks.run_log import RunLog
 from sparsepilot.callbacks.stop import StopAtStep
 from sparsepilot.callbacks.validate import ValidateEvery
 from sparsepilot.config.check import check
+from sparsepilot.config.instantiate import instantiate
 from sparsepilot.config.resume import allowed_changes
 from sparsepilot.controllers.base import Controller
 from sparsepilot.data.datamodule import ActivationData
@@ -261,7 +261,7 @@ def finish(folder: RunFolder, module: TrainingModule, data: ActivationData, cons
     autoencoder = trainee.autoencoder
     cfg_out = {
         **autoencoder.inference_config(),
-        "site": data.sites[0],
+        "sites": data.sites,
         "samples": module.samples,
         "cache_fingerprint": data.cache.fingerprint,
         "source": data.cache.manifest.plan.source,

@@ -27,7 +27,7 @@ class Dictionary(nn.Module):
         b_enc: [d_sae]
         W_dec: [d_sae, d_in], unit rows
         b_dec: [d_in]
-        cfg: architecture, d_in, d_sae, k, site, and where it was trained.
+        cfg: architecture, d_in, d_sae, k, sites (side by side in x), and what it was trained on.
     """
 
     def __init__(self, cfg: dict[str, Any], tensors: dict[str, Tensor]) -> None:
