@@ -11,7 +11,7 @@ from sparsepilot.errors import SparsepilotError
 
 
 def instantiate(node: Any, **given: Any) -> Any:
-    """Builds `node`; what its constructor refuses is raised as it is, not inside a report about the constructor call."""
+    """Builds `node`; what its constructor refuses is raised as it is, not inside a report about the call."""
     try:
         return hydra.utils.instantiate(node, **given)
     except InstantiationException as error:
