@@ -103,7 +103,7 @@ def build_from_lm(
     Returns:
         The sealed cache, or None while other processes' shares are missing.
     """
-    console = console or Console()
+    console = console or Console(soft_wrap=True)
     with console.status("loading the language model"):
         model = load(**lm)
         names = expand_sites(model, list(sites))

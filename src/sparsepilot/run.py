@@ -51,7 +51,7 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
     Raises:
         SparsepilotError: on any bad input, before something is built where that is possible.
     """
-    console = console or Console()
+    console = console or Console(soft_wrap=True)  # a path is never broken in two
     check(cfg)
     prepare_process(cfg)
     folder, resumed = claim(cfg, console)

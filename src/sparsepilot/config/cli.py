@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -41,6 +42,11 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("SPARSEPILOT_TRACEBACK"):
             traceback.print_exc()
         print(f"error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the disk is full: {error.filename or error}; what was whole before still is", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -44,7 +44,9 @@ def create(path: str | Path, plan: CachePlan) -> None:
     """
     path = Path(path)
     if not (path / layout.PLAN_FILE).exists():
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        foreign = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        # looked at again: another process may have put the cache there between the two looks
+        if foreign and not (path / layout.PLAN_FILE).exists():
             raise DataError(f"{path}: exists and is no activation cache; choose an empty or a new folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
