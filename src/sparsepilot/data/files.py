@@ -51,9 +51,9 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_partials(folder: Path) -> None:
-    """Removes what killed writers left beside the whole files of `folder`."""
-    for partial in folder.glob(".*.partial"):
+def remove_partials(path: Path) -> None:
+    """Removes what killed writers left of `path`; other files of its folder may be in the making just now."""
+    for partial in path.parent.glob(f".{path.name}.*.partial"):
         partial.unlink(missing_ok=True)
 
 

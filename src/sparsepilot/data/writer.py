@@ -161,7 +161,7 @@ class CacheWriter:
             # zarr would read a left-over file of a short last shard and merge into it; it may be anything, so it goes.
             file.unlink(missing_ok=True)
             if file.parent.is_dir():
-                remove_partials(file.parent)
+                remove_partials(file)
             self._array(name)[rows.start : rows.stop] = arrays[name]
             marker["arrays"][name] = {
                 "sha256": sha256(layout.little_endian(arrays[name]).data),

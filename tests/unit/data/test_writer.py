@@ -71,7 +71,8 @@ def test_any_number_of_processes_give_the_same_files(tmp_path: Path, unbroken: P
     """Three real processes create and write at once; a different number of them would have done as well."""
     path = tmp_path / "c"
     writers = [spawn(path, rank, 3) for rank in range(3)]
-    assert [w.wait() for w in writers if w.communicate()] == [0, 0, 0]
+    said = [w.communicate()[1] for w in writers]
+    assert [w.returncode for w in writers] == [0, 0, 0], said
     assert seal(path).fingerprint == Cache(unbroken).fingerprint
     assert content(path) == content(unbroken)
 
