@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 
 from sparsepilot.config.cli import arguments, user_errors
 from sparsepilot.errors import ConfigError
-from sparsepilot.reporting.environment import environment
 from sparsepilot.reporting.wandb import LiveRun, resolve_mode, write_offline_run
 from sparsepilot.run_folder import RunFolder
 
@@ -27,11 +26,11 @@ def main() -> None:
     saved = (OmegaConf.to_container(OmegaConf.load(folder.config)) or {}).get("logger") or {}
     settings = {**DEFAULTS, **(saved.get("wandb") or {})}
     if resolve_mode(cfg["mode"]) == "online":
-        live = LiveRun(folder, settings, environment())
+        live = LiveRun(folder, settings)
         live.after_checkpoint(samples=sys.maxsize)
         live.close()
     else:
-        write_offline_run(folder, settings, environment())
+        write_offline_run(folder, settings)
         print(f"wrote {folder.path / 'wandb'}; send it with: wandb sync {folder.path / 'wandb'}/offline-run-*")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import shlex
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
@@ -21,23 +24,22 @@ from sparsepilot import faults
 from sparsepilot.autoencoders.base import Autoencoder
 from sparsepilot.caching import build_cache, is_sealed
 from sparsepilot.callbacks.checkpoint import CrashSafeCheckpoint
-from sparsepilot.callbacks.checkpoint_io import CrashSafeIO, list_checkpoints, newest_whole
+from sparsepilot.callbacks.checkpoint_io import CrashSafeIO
 from sparsepilot.callbacks.progress import ProgressLine
 from sparsepilot.callbacks.run_log import RunLog
 from sparsepilot.callbacks.stop import StopAtStep
 from sparsepilot.callbacks.validate import ValidateEvery
+from sparsepilot.claim import Claim, claim, holding, record_start
 from sparsepilot.config.check import check
 from sparsepilot.config.instantiate import instantiate
-from sparsepilot.config.resume import allowed_changes
 from sparsepilot.controllers.base import Controller
 from sparsepilot.data.datamodule import ActivationData
-from sparsepilot.errors import CheckpointError
 from sparsepilot.interop import dictionary
 from sparsepilot.reporting.environment import environment
 from sparsepilot.reporting.summary import print_end, print_sizes
-from sparsepilot.reporting.wandb import LiveRun, resolve_mode, write_offline_run
+from sparsepilot.reporting.wandb import WandbCopy
 from sparsepilot.rows import read_rows
-from sparsepilot.run_folder import RunFolder, replacing, write_json
+from sparsepilot.run_folder import RunFolder, write_json
 from sparsepilot.training.module import TrainingModule
 from sparsepilot.training.trainee import InputStats, Trainee
 from sparsepilot.training.validation import Validation
@@ -54,36 +56,46 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
     console = console or Console(soft_wrap=True)  # a path is never broken in two
     check(cfg)
     prepare_process(cfg)
-    folder, resumed = claim(cfg, console)
-    faults.point("resume-claimed")
-    data = build_data(cfg, console)
     if cfg.check:
-        sizes = measure_sizes(build_module(cfg, data), data)
-        print_sizes(console, sizes)
-        return dict(sizes)
-    if resumed is not None:
-        data.start_sample = resumed[0]
+        return dict(check_run(cfg, console))
+    claimed = claim(cfg.run_dir, cfg.resume.value, plain(cfg))
+    folder = claimed.folder
+    cfg.run_dir = str(folder.path)  # resume=never may have found a fresh one
+    for note in claimed.notes:
+        console.print(note, highlight=False)
+    faults.point("resume-claimed")
+    with holding(claimed):
+        data = build_data(cfg, console)
+        data.start_sample = claimed.samples
+        module = build_module(cfg, data)
+        _say_stretched_schedule(cfg, claimed, console)
+        wandb = WandbCopy(
+            folder, plain(cfg)["logger"].get("wandb"), say=lambda text: console.print(text, highlight=False)
+        )
+        log = RunLog(folder, claimed.samples, lambda: _waited_s(trainer), wandb.after_checkpoint)
+        trainer = build_trainer(cfg, folder, log, console, claimed.samples)
+        record_start(folder, plain(cfg), data.cache.fingerprint)
+        wandb.begin()
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=claimed.checkpoint, weights_only=True)
+        finally:
+            log.close()
+            wandb.close()
+        summary = finish(folder, module, data)
+        wandb.finish()
+    print_end(console, folder, summary, cfg.model.d_sae, _command())
+    return summary
+
+
+def check_run(cfg: DictConfig, console: Console) -> dict[str, str]:
+    """`check=true`: builds everything, runs one batch, prints what a run will take, leaves no run folder."""
+    data = build_data(cfg, console)
     module = build_module(cfg, data)
-    record_start(cfg, folder, data.cache.fingerprint)
-    wandb_node = (cfg.logger or {}).get("wandb")
-    wandb_mode = resolve_mode(wandb_node.mode) if wandb_node else "disabled"
-    live = LiveRun(folder, plain(cfg)["logger"]["wandb"], environment()) if wandb_mode == "online" else None
-    log = RunLog(
-        folder,
-        samples=data.start_sample,
-        waited_s=lambda: _waited_s(trainer),
-        after_checkpoint=live.after_checkpoint if live else _nothing,
-    )
-    trainer = build_trainer(cfg, folder, log, console)
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=resumed[1] if resumed else None, weights_only=True)
-    finally:
-        log.close()
-        if live:
-            live.close()
-    if wandb_mode == "offline":
-        write_offline_run(folder, plain(cfg)["logger"]["wandb"], environment())
-    return finish(folder, module, data, console)
+    folder = RunFolder(cfg.run_dir)
+    build_trainer(cfg, folder, RunLog(folder, samples=0), console, samples=0)
+    sizes = measure_sizes(module, data)
+    print_sizes(console, sizes)
+    return sizes
 
 
 # ---------------------------------------------------------------------------------------------------- before a run
@@ -101,34 +113,8 @@ def prepare_process(cfg: DictConfig) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # Lightning 2.6 asks torch 2.13 about its tree type in the old way; nothing that a user could act on
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-
-
-def claim(cfg: DictConfig, console: Console) -> tuple[RunFolder, tuple[int, Path] | None]:
-    """The run folder, and the checkpoint to go on from where it holds a run already.
-
-    Raises:
-        ConfigError: when the configuration there is that of another run.
-        CheckpointError: when it has checkpoints and every one is damaged.
-    """
-    folder = RunFolder(cfg.run_dir)
-    if cfg.check or not folder.exists():
-        return folder, None
-    if cfg.resume.value == "never":
-        number = 2
-        while (fresh := RunFolder(f"{cfg.run_dir}-{number}")).exists():
-            number += 1
-        console.print(f"{folder.path} holds a run; starting a fresh one in {fresh.path}", highlight=False)
-        return fresh, None
-    was = OmegaConf.to_container(OmegaConf.load(folder.config))
-    changes = allowed_changes(cast(dict[str, Any], was), plain(cfg))
-    resumed = newest_whole(folder.checkpoints, say=lambda text: console.print(f"warning: {text}", highlight=False))
-    if resumed is None and list_checkpoints(folder.checkpoints):
-        raise CheckpointError(f"{folder.checkpoints}: every checkpoint is damaged; resume=never begins anew beside it")
-    samples = resumed[0] if resumed else 0
-    console.print(f"resuming {folder.path} at {samples:,} samples", highlight=False)
-    for change in changes:
-        console.print(f"  changed: {change}", highlight=False)
-    return folder, resumed
+    # a run that had ended and is started again has no batch left, a cache may have no validation rows
+    warnings.filterwarnings("ignore", message="Total length of .* across ranks is zero")
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -136,19 +122,18 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
 
 
-def record_start(cfg: DictConfig, folder: RunFolder, cache_fingerprint: str) -> None:
-    """Writes config.yaml (keeping the one before, where it changed) and run.json."""
-    folder.path.mkdir(parents=True, exist_ok=True)
-    text = OmegaConf.to_yaml(OmegaConf.create(plain(cfg)))
-    if folder.exists() and (before := folder.config.read_text(encoding="utf-8")) != text:
-        folder.older_config().write_text(before, encoding="utf-8")
-    if not folder.identity.exists():
-        made = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        identity = {"id": os.urandom(4).hex(), "made": made, "cache_fingerprint": cache_fingerprint}
-        write_json(folder.identity, identity)
-    with replacing(folder.config) as file:
-        file.write(text)
-        faults.point("config-write")
+def _say_stretched_schedule(cfg: DictConfig, claimed: Claim, console: Console) -> None:
+    """Says where a longer budget, which stretches a schedule that ends with it, moves the learning rate."""
+    for change in claimed.changes:
+        if change.field == "samples":
+            schedule = instantiate(cfg.schedule, _convert_="all")
+            was, now = (schedule(claimed.samples, _whole_batches(s, cfg.batch)) for s in (change.was, change.now))
+            if was != now:
+                console.print(
+                    f"  the schedule now ends with the longer budget: the learning rate here goes from {was:.3g} to "
+                    f"{now:.3g}",
+                    highlight=False,
+                )
 
 
 # ---------------------------------------------------------------------------------------------------- building
@@ -172,7 +157,11 @@ def build_data(cfg: DictConfig, console: Console) -> ActivationData:
 
 def _total(cfg: DictConfig) -> int:
     """The budget in whole batches, rounded up."""
-    return -(-int(cfg.samples) // int(cfg.batch)) * int(cfg.batch)
+    return _whole_batches(int(cfg.samples), int(cfg.batch))
+
+
+def _whole_batches(samples: int, batch: int) -> int:
+    return -(-samples // batch) * batch
 
 
 def build_module(cfg: DictConfig, data: ActivationData) -> TrainingModule:
@@ -200,7 +189,7 @@ def build_module(cfg: DictConfig, data: ActivationData) -> TrainingModule:
     )
 
 
-def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Console) -> L.Trainer:
+def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Console, samples: int) -> L.Trainer:
     """Lightning's Trainer with this project's callbacks, in the order in which they act on a step."""
     total_samples = _total(cfg)
     when = cfg.callbacks
@@ -218,7 +207,7 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Cons
         ValidateEvery(when.validate_every_samples or max(cfg.batch, total_samples // 20)),
         ProgressLine(log, console),
         checkpoint,
-        StopAtStep(checkpoint),
+        StopAtStep(checkpoint, folder),
     ]
     plugins: list[Any] = [CrashSafeIO()]
     if SLURMEnvironment.detect():
@@ -232,7 +221,7 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Cons
                 cfg.trainer,
                 callbacks=callbacks,
                 plugins=plugins,
-                logger=build_loggers(cfg),
+                logger=build_loggers(cfg, samples),
                 max_epochs=1,
                 accumulate_grad_batches=cfg.accumulate,
                 val_check_interval=NO_LIGHTNING_VALIDATION,
@@ -247,20 +236,24 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Cons
         )
 
 
-def build_loggers(cfg: DictConfig) -> list[Logger]:
-    """Lightning loggers beside metrics.jsonl; W&B is not one of them, see reporting/wandb.py."""
-    return [instantiate(node) for node in (cfg.logger or {}).values() if "_target_" in node]
+def build_loggers(cfg: DictConfig, samples: int) -> list[Logger]:
+    """Lightning loggers beside metrics.jsonl, each process's own files in a version named by where it began.
+
+    (Lightning's CSV logger wipes its file when it opens one again.) W&B is not one of them, see reporting/wandb.py.
+    """
+    nodes = [node for node in (cfg.logger or {}).values() if "_target_" in node]
+    return [instantiate(node, version=f"from-{samples}") for node in nodes]
 
 
 # ---------------------------------------------------------------------------------------------------- after a run
 
 
-def finish(folder: RunFolder, module: TrainingModule, data: ActivationData, console: Console) -> dict[str, Any]:
-    """Writes the trained dictionary and summary.json, prints the table."""
+def finish(folder: RunFolder, module: TrainingModule, data: ActivationData) -> dict[str, Any]:
+    """Writes the trained dictionary and summary.json."""
     trainee = cast(Trainee, module.trainees["sae"])
     autoencoder = trainee.autoencoder
     cfg_out = {
-        **autoencoder.inference_config(),
+        **autoencoder.inference_config(trainee.controller.strength),
         "sites": data.sites,
         "samples": module.samples,
         "cache_fingerprint": data.cache.fingerprint,
@@ -271,7 +264,6 @@ def finish(folder: RunFolder, module: TrainingModule, data: ActivationData, cons
     faults.point("finish-dictionary")
     summary = summarise(folder, module)
     write_json(folder.summary, summary)
-    print_end(console, folder, summary, autoencoder.d_sae)
     return summary
 
 
@@ -291,8 +283,12 @@ def summarise(folder: RunFolder, module: TrainingModule) -> dict[str, Any]:
     }
 
 
-def _nothing(samples: int) -> None:
-    pass
+def _command() -> str:
+    """What the user typed, to build on: the interpreter, the script and its overrides."""
+    python = "python" if "VIRTUAL_ENV" in os.environ else os.path.relpath(sys.executable)
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    kept = [word for word in overrides if not word.startswith(("run_dir=", "samples=", "resume="))]
+    return " ".join([python, "train.py", *map(shlex.quote, kept)])
 
 
 def _waited_s(trainer: L.Trainer) -> float:

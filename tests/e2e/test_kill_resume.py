@@ -249,9 +249,9 @@ def test_another_model_or_order_of_rows_or_a_shorter_budget_is_refused(
 
 def test_trainer_and_logger_may_change(lab: Lab, tmp_path: Path) -> None:
     run = lab.broken(tmp_path / "run")
-    ended = run.start(more=("logger=csv", "+trainer.fast_dev_run=false"))
+    ended = run.start(more=("logger=csv", "+trainer.benchmark=false"))
     assert ended.code == 0, ended.out
-    assert "changed: trainer.fast_dev_run: None -> False" in ended.out
+    assert "changed: trainer.benchmark: None -> False" in ended.out
     assert "changed: logger.csv" in ended.out
     assert (run.folder / "config-1.yaml").exists()
     assert run_differences(lab.unbroken[1], run.folder) == []

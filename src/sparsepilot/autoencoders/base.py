@@ -134,8 +134,8 @@ class Autoencoder(nn.Module, ABC):
             space = self._workspace = torch.empty(shape, dtype=x_BD.dtype, device=x_BD.device)
         return torch.addmm(self.b_enc, x_BD - self.b_dec, self.W_enc.T, out=space)
 
-    def inference_config(self) -> dict[str, int | float | str]:
-        """What a loader needs beside the tensors; JSON values only."""
+    def inference_config(self, strength: float) -> dict[str, int | float | str]:
+        """What a loader needs beside the tensors, with the knob at `strength`; JSON values only."""
         return {"architecture": self.architecture, "d_in": self.d_in, "d_sae": self.d_sae}
 
     def inference_tensors(self) -> dict[str, Tensor]:

@@ -79,5 +79,5 @@ class TopK(Autoencoder):
         top = topk_grouped(pre_BF, self.k)
         return torch.zeros_like(pre_BF).scatter(1, top.ids_BK, top.values_BK.relu())
 
-    def inference_config(self) -> dict[str, int | float | str]:
-        return {**super().inference_config(), "k": self.k}
+    def inference_config(self, strength: float) -> dict[str, int | float | str]:
+        return {**super().inference_config(strength), "k": round(strength)}

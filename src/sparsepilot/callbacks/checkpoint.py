@@ -45,7 +45,7 @@ class CrashSafeCheckpoint(Checkpoint):
         self.run_log = run_log
         self.every_s = every_minutes * 60
         self.every_samples = every_samples
-        self.keep_last = max(2, keep_last)
+        self.keep_last = keep_last
         self.keep_best = keep_best
         self.monitor = monitor
         self._saved_at_s = time.monotonic()
@@ -60,6 +60,9 @@ class CrashSafeCheckpoint(Checkpoint):
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*.tmp"):
                 leftover.unlink()
+            for samples, path in list_checkpoints(self.folder):
+                if samples > pl_module.samples:  # found damaged on resume: neither kept as a newest one nor in the way
+                    path.rename(path.with_name(path.name + ".damaged"))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -72,7 +75,7 @@ class CrashSafeCheckpoint(Checkpoint):
     def save(self, trainer: L.Trainer, module: TrainingModule) -> None:
         """Writes a checkpoint of this instant, unless its step was not finite."""
         module.refuse_non_finite()
-        self.run_log.sync()
+        self.run_log.before_checkpoint(module)
         path = self.folder / checkpoint_name(module.samples)
         trainer.save_checkpoint(path)
         self._saved_at_s = time.monotonic()

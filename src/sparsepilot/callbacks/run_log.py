@@ -60,7 +60,7 @@ class RunLog(L.Callback):
             return
         self.last_train_row = dict(pl_module.train_row)
         self._write(trainer, self.last_train_row)
-        self._write_timing(trainer, pl_module)
+        self._write_timing(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validation is not training: its time is left out of samples per second."""
@@ -75,8 +75,10 @@ class RunLog(L.Callback):
         self._write(trainer, self.val_rows[-1])
         self._last_s += time.monotonic() - self._validation_began_s
 
-    def sync(self) -> None:
-        """Makes all rows so far durable."""
+    def before_checkpoint(self, module: TrainingModule) -> None:
+        """Closes the time that the checkpoint covers, and makes all rows so far durable."""
+        if module.samples > self._last_samples:
+            self._write_timing(module)
         for file in self._files or ():
             file.sync()
 
@@ -102,7 +104,7 @@ class RunLog(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=row["step"])
 
-    def _write_timing(self, trainer: L.Trainer, module: TrainingModule) -> None:
+    def _write_timing(self, module: TrainingModule) -> None:
         now_s, waited_s = time.monotonic(), self._waited_s()
         elapsed_s = max(1e-9, now_s - self._last_s)
         row = {

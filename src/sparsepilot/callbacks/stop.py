@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from sparsepilot.callbacks.checkpoint import CrashSafeCheckpoint
 from sparsepilot.callbacks.steps import ended_optimizer_step
+from sparsepilot.run_folder import RunFolder
 from sparsepilot.training.module import TrainingModule
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -22,8 +23,9 @@ class StopAtStep(Checkpoint):
     users expect.
     """
 
-    def __init__(self, checkpoint: CrashSafeCheckpoint) -> None:
+    def __init__(self, checkpoint: CrashSafeCheckpoint, folder: RunFolder) -> None:
         self._checkpoint = checkpoint
+        self._folder = folder
         self._asked = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -49,10 +51,8 @@ class StopAtStep(Checkpoint):
                 self._checkpoint.save(trainer, pl_module)
             self._restore()
             if trainer.is_global_zero:
-                print(
-                    f"stopped and saved at {pl_module.samples:,} samples; the same command goes on from there",
-                    flush=True,
-                )
+                where = self._folder.path
+                print(f"stopped and saved at {pl_module.samples:,} samples; run_dir={where} goes on there", flush=True)
             raise SystemExit(0)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -10,6 +10,10 @@ from sparsepilot.config.signature import check_fields, check_target
 from sparsepilot.errors import ConfigError
 from sparsepilot.lm import load as lm_load
 from sparsepilot.lm import text as lm_text
+from sparsepilot.reporting.wandb import resolve_mode
+
+BEST_BY = ("val/fvu", "val/loss", "val/mse")
+"""Validation metrics of which less is better."""
 
 
 def check(cfg: DictConfig) -> None:
@@ -25,7 +29,8 @@ def check(cfg: DictConfig) -> None:
     check_target("optimizer", plain["optimizer"], given=("params",))
     check_target("schedule", plain["schedule"], given=("samples", "total_samples"))
     _check_data(plain)
-    check_target("trainer", plain["trainer"], given=("callbacks", "logger", "max_epochs"))
+    _check_trainer(plain["trainer"])
+    _check_loggers(plain["logger"] or {})
     _check_relations(plain)
 
 
@@ -75,14 +80,85 @@ def _check_numbers(plain: dict[str, Any]) -> None:
         raise ConfigError(f"clip_norm = {plain['clip_norm']}: a positive norm is needed, or null for no clipping")
     if plain["optimizer"].get("lr") is not None and plain["optimizer"]["lr"] <= 0:
         raise ConfigError(f"optimizer.lr = {plain['optimizer']['lr']}: a positive learning rate is needed")
+    if plain["seed"] < 0:
+        raise ConfigError(f"seed = {plain['seed']}: 0 or more is needed")
     callbacks = plain["callbacks"]
-    for name in ("log_every_steps", "validate_every_samples", "checkpoint_every_samples", "keep_last"):
+    if callbacks["keep_last"] < 2:
+        raise ConfigError(f"callbacks.keep_last = {callbacks['keep_last']}: at least 2, so that one may be damaged")
+    if callbacks["keep_best"] < 0:
+        raise ConfigError(f"callbacks.keep_best = {callbacks['keep_best']}: 0 or more is needed")
+    if callbacks["best_by"] not in BEST_BY:
+        raise ConfigError(f"callbacks.best_by = {callbacks['best_by']}: should be one of {', '.join(BEST_BY)}")
+    for name in ("log_every_steps", "validate_every_samples", "checkpoint_every_samples"):
         if callbacks[name] is not None and callbacks[name] < 1:
             raise ConfigError(f"callbacks.{name} = {callbacks[name]}: at least 1 is needed")
     if callbacks["checkpoint_every_minutes"] <= 0:
         raise ConfigError(
             f"callbacks.checkpoint_every_minutes = {callbacks['checkpoint_every_minutes']}: a positive time is needed"
         )
+
+
+OURS = {
+    "max_epochs": "samples",
+    "max_steps": "samples",
+    "min_epochs": "samples",
+    "min_steps": "samples",
+    "max_time": "samples",
+    "limit_train_batches": "samples",
+    "overfit_batches": "samples",
+    "fast_dev_run": "debug=default",
+    "accumulate_grad_batches": "accumulate",
+    "gradient_clip_val": "clip_norm",
+    "gradient_clip_algorithm": "clip_norm",
+    "val_check_interval": "callbacks.validate_every_samples",
+    "check_val_every_n_epoch": "callbacks.validate_every_samples",
+    "limit_val_batches": "data.val_rows",
+    "num_sanity_val_steps": "callbacks.validate_every_samples",
+    "log_every_n_steps": "callbacks.log_every_steps",
+    "enable_checkpointing": "callbacks.checkpoint_every_minutes",
+    "default_root_dir": "run_dir",
+    "logger": "logger=...",
+    "callbacks": "callbacks.*",
+    "plugins": "trainer=...",
+    "deterministic": "trainer=...",
+    "use_distributed_sampler": "data.num_streams",
+    "enable_progress_bar": "trainer=...",
+    "enable_model_summary": "check=true",
+    "reload_dataloaders_every_n_epochs": "samples",
+}
+"""Arguments of Lightning's Trainer that this project sets itself, and what to use instead."""
+
+
+def _check_trainer(trainer: dict[str, Any]) -> None:
+    for name, instead in OURS.items():
+        if name in trainer:
+            raise ConfigError(f"trainer.{name} = {trainer[name]!r}: this project sets that itself; use {instead}")
+    check_target("trainer", trainer)
+    if str(trainer.get("precision", "32-true")) not in ("32-true", "32"):
+        raise ConfigError(f"trainer.precision = {trainer['precision']!r}: only 32-true is supported so far")
+    devices = trainer.get("devices", 1)
+    if (
+        not (str(devices) == "1" or (isinstance(devices, list) and len(devices) == 1))
+        or trainer.get("num_nodes", 1) != 1
+    ):
+        raise ConfigError(f"trainer.devices = {devices!r}: a run uses one device so far; set trainer.devices=1")
+
+
+def _check_loggers(loggers: dict[str, Any]) -> None:
+    for name, node in loggers.items():
+        if "_target_" in node:
+            check_target(f"logger.{name}", node)
+        elif name == "wandb":
+            check_fields("logger.wandb", node, _wandb_fields)
+            resolve_mode(node["mode"])
+        else:
+            raise ConfigError(f"logger.{name}: has no _target_; give it one, or use logger=wandb")
+
+
+def _wandb_fields(
+    mode: str, project: str, entity: str | None = None, group: str | None = None, tags: list[str] | None = None
+) -> None:
+    """The signature of conf/logger/wandb.yaml."""
 
 
 def _check_relations(plain: dict[str, Any]) -> None:

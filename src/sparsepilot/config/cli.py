@@ -11,7 +11,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -38,16 +40,18 @@ def user_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (SparsepilotError, HydraException, OmegaConfBaseException) as error:
+    except Exception as error:
+        line = one_line(error)
+        if line is None or _in_a_sweep():
+            raise  # of a sweep Hydra notes that this member failed, and goes on with the others
         if os.environ.get("SPARSEPILOT_TRACEBACK"):
             traceback.print_exc()
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"error: the disk is full: {error.filename or error}; what was whole before still is", file=sys.stderr)
-        raise SystemExit(2) from None
+
+
+def _in_a_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def arguments(given: list[str], fields: dict[str, Any]) -> dict[str, Any]:
@@ -66,8 +70,8 @@ def arguments(given: list[str], fields: dict[str, Any]) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(merged))
 
 
-def one_line(error: BaseException) -> str:
-    """The message that a user reads: what is wrong, where, and what would be right."""
+def one_line(error: BaseException) -> str | None:
+    """The message that a user reads: what is wrong, where, and what would be right; None where the error is a bug."""
     ours = next((e for e in _causes(error) if isinstance(e, SparsepilotError)), None)
     if ours is not None:  # perhaps inside Hydra's report of a constructor that refused its arguments
         return " ".join(str(ours).split())
@@ -77,7 +81,14 @@ def one_line(error: BaseException) -> str:
     for cause in _causes(error):
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
             return _omegaconf_line(cause)
-    return re.sub(r"\s*\n\s*", "; ", str(error).strip())
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return re.sub(r"\s*\n\s*", "; ", str(error).strip())
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"cannot write {error.filename or 'a file'}: {error.strerror}; what was whole before still is"
+    return None
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -9,7 +9,8 @@ from sparsepilot.errors import ConfigError
 
 FREE = ("trainer", "logger", "callbacks", "threads", "run_dir", "resume", "check", "accumulate", "lm", "text",
         "data.path", "data.prefetch_batches", "data.val_batch", "data.build")  # fmt: skip
-"""Fields that change neither what is learned nor in which order; a moved `data.path` is held to its fingerprint."""
+"""Fields that leave the order of samples and the loss alone, if not always the last bits of a sum (a resume says so). A
+moved `data.path` is held to its fingerprint."""
 
 
 class Change(NamedTuple):

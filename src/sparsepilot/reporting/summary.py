@@ -11,8 +11,8 @@ from rich.table import Table
 from sparsepilot.run_folder import RunFolder
 
 
-def print_end(console: Console, folder: RunFolder, summary: Mapping[str, Any], d_sae: int) -> None:
-    """The result table and the commands to try next."""
+def print_end(console: Console, folder: RunFolder, summary: Mapping[str, Any], d_sae: int, command: str) -> None:
+    """The result table and what to try next; `command` is the one that the user gave."""
     metrics = summary["metrics"]
     table = Table(title="result", show_header=False, title_justify="left")
     table.add_column(style="bold")
@@ -31,13 +31,14 @@ def print_end(console: Console, folder: RunFolder, summary: Mapping[str, Any], d
     for name, value in rows:
         table.add_row(name, value)
     console.print(table)
+    python = command.partition(" ")[0]
     console.print(
         "next:\n"
-        f"  python train.py run_dir={folder.path} samples={2 * summary['samples']}   # train it for longer\n"
-        "  python train.py model.k=64 model.d_sae=8192                    # another dictionary on the same cache\n"
-        f"  python -c \"import sparsepilot; print(sparsepilot.load('{folder.path}'))\"   # use it",
+        f"  {command} run_dir={folder.path} samples={2 * summary['samples']}   # train it for longer\n"
+        f"  {command} model.d_sae={2 * d_sae}   # a dictionary twice as wide on the same cache\n"
+        f"  {python} scripts/report.py run_dir={folder.path}   # draw it\n"
+        f"  {python} -c \"import sparsepilot; print(sparsepilot.load('{folder.path}'))\"   # use it",
         highlight=False,
-        soft_wrap=True,
     )
 
 

@@ -13,7 +13,7 @@ import netrc
 import os
 import shutil
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any, Literal, cast
 
@@ -51,18 +51,13 @@ def _logged_in() -> bool:
         return False
 
 
-def begin(
-    folder: RunFolder,
-    settings: Mapping[str, Any],
-    mode: Literal["online", "offline"],
-    into: str,
-    environment: Mapping[str, Any],
-) -> Any:
+def begin(folder: RunFolder, settings: Mapping[str, Any], mode: Literal["online", "offline"], into: str) -> Any:
     """Opens the W&B run of a run folder, with the folder's own id; `into` is where W&B keeps its files."""
     import wandb
 
     identity = json.loads(folder.identity.read_text(encoding="utf-8"))
     config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder.config)))
+    made_with = {key: identity[key] for key in ("made", "cache_fingerprint", "environment")}
     run = wandb.init(
         project=settings["project"],
         entity=settings["entity"],
@@ -73,7 +68,7 @@ def begin(
         dir=into,
         mode=mode,
         resume="allow" if mode == "online" else None,
-        config={**config, "environment": dict(environment), "cache_fingerprint": identity["cache_fingerprint"]},
+        config={**config, **made_with},
         settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, x_save_requirements=False),
     )
     run.define_metric("samples")
@@ -109,9 +104,9 @@ def send(run: Any, rows: Iterable[Mapping[str, Any]], after_step: int) -> int:
 class LiveRun:
     """The online run: rows are sent as checkpoints cover them, none twice over any number of resumes."""
 
-    def __init__(self, folder: RunFolder, settings: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    def __init__(self, folder: RunFolder, settings: Mapping[str, Any]) -> None:
         self._folder = folder
-        self._run = begin(folder, settings, "online", str(folder.path), environment)
+        self._run = begin(folder, settings, "online", str(folder.path))
         # what the server has is what counts: this process knows nothing of what an earlier one got through
         self._sent_step = max(int(self._run.summary.get("step") or 0), int(self._run.step) - 1)
 
@@ -125,14 +120,68 @@ class LiveRun:
         self._run.finish()
 
 
-def write_offline_run(folder: RunFolder, settings: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+def write_offline_run(folder: RunFolder, settings: Mapping[str, Any]) -> None:
     """Makes `<run>/wandb` anew from the rows: one offline run, ready for `wandb sync`."""
     aside = folder.path / "wandb.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    run = begin(folder, settings, "offline", str(aside), environment)
+    run = begin(folder, settings, "offline", str(aside))
     send(run, read_rows(folder.metrics), after_step=0)
     run.finish()
     shutil.rmtree(folder.path / "wandb", ignore_errors=True)  # a copy of the rows, made again just now
     os.replace(aside / "wandb", folder.path / "wandb")
     shutil.rmtree(aside)
+
+
+class WandbCopy:
+    """W&B as a training run sees it: whatever goes wrong there is said and never stops or spoils the run.
+
+    Args:
+        folder: the run.
+        settings: conf/logger/wandb.yaml's node, or None where W&B is not wanted.
+        say: prints a line for the user.
+    """
+
+    def __init__(self, folder: RunFolder, settings: Mapping[str, Any] | None, say: Callable[[str], None]) -> None:
+        self._folder = folder
+        self._settings = settings or {}
+        self._say = say
+        self._mode = resolve_mode(self._settings["mode"]) if settings else "disabled"
+        self._live: LiveRun | None = None
+
+    def begin(self) -> None:
+        """Opens the online run; where that fails, an offline one is made at the end."""
+        if self._mode == "online":
+            try:
+                self._live = LiveRun(self._folder, self._settings)
+            except Exception as error:  # somebody else's server, network or account: not worth a training run
+                self._warn(error)
+                self._mode = "offline"
+
+    def after_checkpoint(self, samples: int) -> None:
+        """Sends what the checkpoint at `samples` covers."""
+        if self._live is not None:
+            try:
+                self._live.after_checkpoint(samples)
+            except Exception as error:
+                self._warn(error)
+
+    def close(self) -> None:
+        """Waits until everything is sent."""
+        if self._live is not None:
+            self._live.close()
+
+    def finish(self) -> None:
+        """Makes the offline run, where that is the mode."""
+        if self._mode == "offline":
+            try:
+                write_offline_run(self._folder, self._settings)
+            except Exception as error:
+                self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        reason = " ".join(str(error).split())
+        self._say(
+            f"warning: W&B: {reason}; metrics.jsonl has every row, and `python scripts/sync_wandb.py "
+            f"run_dir={self._folder.path}` copies them"
+        )

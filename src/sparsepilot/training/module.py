@@ -252,6 +252,7 @@ class TrainingModule(L.LightningModule):
             "device": self.trainer.strategy.root_device.type,
             "threads": torch.get_num_threads(),
             "ranks": self.trainer.world_size,
+            "accumulate": self.trainer.accumulate_grad_batches,
         }
 
     def on_train_start(self) -> None:

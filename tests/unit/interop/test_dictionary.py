@@ -25,7 +25,7 @@ def saved(tmp_path: Path) -> TopK:
     with torch.no_grad():
         model.b_enc.normal_()
         model.b_dec.normal_()
-    dictionary.save(tmp_path, model.inference_config(), model.inference_tensors(), SCALE)
+    dictionary.save(tmp_path, model.inference_config(strength=3), model.inference_tensors(), SCALE)
     return model
 
 

@@ -78,7 +78,7 @@ def test_an_online_run_gets_what_checkpoints_cover_and_nothing_twice(tmp_path: P
             file.append({"step": step, "samples": 10 * step, "attempt": attempt})
 
     file = RowFile(folder.metrics, samples=0)
-    live = ours.LiveRun(folder, {}, {})
+    live = ours.LiveRun(folder, {})
     rows(file, range(1, 6), attempt=1)
     assert server == {}  # no checkpoint covers them yet
     live.after_checkpoint(50)
@@ -86,7 +86,7 @@ def test_an_online_run_gets_what_checkpoints_cover_and_nothing_twice(tmp_path: P
     file.close()  # killed: rows 6 to 8 are past the checkpoint
 
     file = RowFile(folder.metrics, samples=50)
-    live = ours.LiveRun(folder, {}, {})
+    live = ours.LiveRun(folder, {})
     rows(file, range(6, 11), attempt=2)
     live.after_checkpoint(100)
     live.after_checkpoint(100)

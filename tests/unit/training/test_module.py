@@ -28,7 +28,7 @@ def test_a_run_leaves_everything_that_is_promised(train_tiny, tmp_path: Path) ->
     summary = train_tiny("callbacks.validate_every_samples=2560")
     run = tmp_path / "run"
     assert {"config.yaml", "run.json", "metrics.jsonl", "timing.jsonl", "summary.json", "sae.json", "sae.safetensors",
-            "checkpoints"} == {p.name for p in run.iterdir()}  # fmt: skip
+            "checkpoints", ".lock"} == {p.name for p in run.iterdir()}  # fmt: skip
     rows = rows_of(run)
     train_rows = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in train_rows] == list(range(1, 21))

@@ -1,0 +1,120 @@
+"""Taking possession of a run folder: is a run there already, may it go on, from where, and is nobody else at it?"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, cast
+
+from omegaconf import OmegaConf
+
+from sparsepilot import faults
+from sparsepilot.callbacks.checkpoint_io import list_checkpoints, newest_whole
+from sparsepilot.config.resume import Change, allowed_changes
+from sparsepilot.errors import CheckpointError, ConfigError
+from sparsepilot.reporting.environment import environment
+from sparsepilot.run_folder import RunFolder, replacing, write_json
+
+
+@dataclass
+class Claim:
+    """A run folder that this process owns."""
+
+    folder: RunFolder
+    samples: int = 0
+    """where the run goes on, 0 for a fresh one"""
+    checkpoint: Path | None = None
+    changes: list[Change] = field(default_factory=list)
+    """allowed differences from the configuration that the run was begun with"""
+    notes: list[str] = field(default_factory=list)
+    """what the user should read"""
+    _lock: IO[Any] | None = None
+
+    def lock(self) -> None:
+        """Holds the folder until `release`, or until this process is gone.
+
+        Raises ConfigError when another process is training there.
+        """
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise ConfigError(f"run_dir = {self.folder.path}: another process is training there") from error
+        except OSError:
+            pass  # a filesystem without locks: as before there were any
+
+    def release(self) -> None:
+        """Lets go of the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def claim(run_dir: str, resume: str, config: dict[str, Any]) -> Claim:
+    """Finds the folder to train in, and the checkpoint to go on from where it holds a run already.
+
+    Writes nothing but the lock, and that only where a run lies already.
+
+    Raises:
+        ConfigError: when the configuration there is that of another run, or another process is at it.
+        CheckpointError: when it has checkpoints and every one is damaged.
+    """
+    folder = RunFolder(run_dir)
+    if not folder.exists():
+        return Claim(folder)
+    if resume == "never":
+        number = 2
+        while (fresh := RunFolder(f"{run_dir}-{number}")).exists():
+            number += 1
+        return Claim(fresh, notes=[f"{folder.path} holds a run; starting a fresh one in {fresh.path}"])
+    was = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder.config)))
+    found = Claim(folder, changes=allowed_changes(was, config))
+    found.lock()
+    whole = newest_whole(folder.checkpoints, say=lambda text: found.notes.append(f"warning: {text}"))
+    if whole is not None:
+        found.samples, found.checkpoint = whole
+    elif list_checkpoints(folder.checkpoints):
+        found.release()
+        raise CheckpointError(f"{folder.checkpoints}: every checkpoint is damaged; resume=never begins anew beside it")
+    found.notes.append(f"resuming {folder.path} at {found.samples:,} samples")
+    found.notes += [f"  changed: {change}" for change in found.changes]
+    return found
+
+
+@contextlib.contextmanager
+def holding(claimed: Claim) -> Iterator[None]:
+    """Locks a fresh folder, too, and lets go at the end."""
+    try:
+        if claimed._lock is None:
+            claimed.lock()
+        yield
+    finally:
+        claimed.release()
+
+
+def record_start(folder: RunFolder, config: dict[str, Any], cache_fingerprint: str) -> None:
+    """Writes config.yaml (keeping the one before, where it changed) and run.json."""
+    text = OmegaConf.to_yaml(OmegaConf.create(config))
+    if not folder.identity.exists():
+        identity = {
+            "id": os.urandom(4).hex(),
+            "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "cache_fingerprint": cache_fingerprint,
+            "environment": environment(),
+        }
+        write_json(folder.identity, identity)
+    if folder.exists():
+        before = folder.config.read_text(encoding="utf-8")
+        if before == text:
+            return
+        folder.older_config().write_text(before, encoding="utf-8")
+    with replacing(folder.config) as file:
+        file.write(text)
+        faults.point("config-write")

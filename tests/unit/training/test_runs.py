@@ -1,0 +1,138 @@
+"""Run folders in the situations that users bring about: finished, damaged, locked, exported, beside other loggers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import sparsepilot
+from sparsepilot.callbacks.checkpoint_io import is_whole, list_checkpoints
+from sparsepilot.claim import Claim, claim
+from sparsepilot.errors import ConfigError
+from sparsepilot.rows import read_rows
+from sparsepilot.run import plain
+from sparsepilot.run_folder import RunFolder
+
+
+def models() -> list[str]:
+    return sorted(file.stem for file in (ROOT / "conf" / "model").glob("*.yaml"))
+
+
+def controllers() -> list[str]:
+    return sorted(file.stem for file in (ROOT / "conf" / "controller").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("model", models())
+@pytest.mark.parametrize("controller", controllers())
+def test_every_model_trains_under_every_controller(train_tiny, model: str, controller: str) -> None:
+    """The contract: a new file in conf/model or conf/controller is tested without an edit here."""
+    summary = train_tiny(f"model={model}", f"controller={controller}", "samples=1024")
+    assert summary["samples"] == 1024
+    assert summary["metrics"]["train/loss"] > 0
+    assert summary["metrics"]["val/fvu"] > 0
+
+
+def test_the_export_has_the_knob_where_the_controller_left_it(train_tiny, tmp_path: Path) -> None:
+    summary = train_tiny("controller.strength=2")
+    saved = sparsepilot.load(tmp_path / "run")
+    assert summary["metrics"]["val/l0"] <= 2
+    assert saved.cfg["k"] == 2
+    assert int((saved.encode(torch.randn(20, 16)) > 0).sum(1).max()) <= 2
+
+
+def test_two_damaged_checkpoints_are_put_aside_and_the_whole_ones_stay(train_tiny, tmp_path: Path, capsys) -> None:
+    options = ("callbacks.checkpoint_every_samples=1024", "callbacks.keep_last=4", "callbacks.keep_best=0")
+    train_tiny(*options)
+    folder = tmp_path / "run" / "checkpoints"
+    for _, path in list_checkpoints(folder)[:2]:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    train_tiny(*options[:1], "callbacks.keep_last=2", "callbacks.keep_best=0")
+    assert capsys.readouterr().out.count("is damaged; falling back") == 2
+    assert [samples for samples, _ in list_checkpoints(folder)] == [5120, 4096]
+    assert all(is_whole(path) for _, path in list_checkpoints(folder))
+    assert len(list(folder.glob("*.damaged"))) == 2
+    assert (folder / "last.ckpt").resolve().name == "samples-000000005120.ckpt"
+
+
+def test_a_finished_run_started_again_changes_nothing(train_tiny, tmp_path: Path) -> None:
+    train_tiny("logger=csv")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "summary.json"}
+    summary = train_tiny("logger=csv")
+    assert summary["samples"] == 5120
+    assert before == {
+        p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "summary.json"
+    }
+
+
+def test_csv_rows_of_an_earlier_process_stay(train_tiny, tmp_path: Path) -> None:
+    train_tiny("logger=csv")
+    train_tiny("logger=csv", "samples=7680")
+    files = sorted((tmp_path / "run" / "csv").glob("*/metrics.csv"))
+    rows = [row for file in files for row in csv.DictReader(file.read_text().splitlines())]
+    steps = [int(float(row["step"])) for row in rows if row["train/loss"]]
+    assert sorted(steps) == list(range(1, 31))
+
+
+def test_never_leaves_the_old_run_alone(train_tiny, tmp_path: Path) -> None:
+    train_tiny("logger=csv")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    for number in (2, 3):
+        train_tiny("logger=csv", "resume=never", "samples=1024")
+        fresh = tmp_path / f"run-{number}"
+        assert len([row for row in read_rows(fresh / "metrics.jsonl") if "train/loss" in row]) == 4
+        assert f"run_dir: {fresh}" in (fresh / "config.yaml").read_text()
+        assert (fresh / "csv").is_dir()
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_one_process_per_run_folder(train_tiny, compose_cfg, tmp_path: Path) -> None:
+    train_tiny()
+    other = Claim(RunFolder(tmp_path / "run"))
+    other.lock()
+    try:
+        with pytest.raises(ConfigError, match="another process is training there"):
+            train_tiny()
+    finally:
+        other.release()
+    train_tiny()
+    config = plain(compose_cfg(*TINY, f"data.path={tmp_path}/cache", f"run_dir={tmp_path}/run"))
+    claim(str(tmp_path / "run"), "auto", config).release()
+
+
+def test_a_wandb_failure_costs_only_the_copy(train_tiny, tmp_path: Path, capsys) -> None:
+    train_tiny("logger=wandb", "logger.wandb.mode=offline", "logger.wandb.project=a/b")
+    said = capsys.readouterr().out
+    assert "warning: W&B:" in said
+    assert "scripts/sync_wandb.py" in said
+    assert sparsepilot.load(tmp_path / "run").cfg["k"] == 4
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["samples"] == 5120
+
+
+def test_a_cache_without_validation_rows_trains(train_tiny) -> None:
+    summary = train_tiny("data.build.num_val_rows=0")
+    assert summary["metrics"]["train/fvu"] > 0
+
+
+def test_a_longer_budget_says_where_the_learning_rate_jumps(train_tiny, capsys) -> None:
+    train_tiny("schedule=linear")
+    train_tiny("schedule=linear", "samples=10240")
+    assert "the learning rate here goes from 0 to 0.001" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # a sweep of two in a process of its own
+def test_a_member_that_fails_does_not_stop_a_sweep(tmp_path: Path) -> None:
+    words = [*TINY, f"data.path={tmp_path}/cache", f"run_dir={tmp_path}/runs/${{model.k}}", "model.k=9000,3"]
+    command = [sys.executable, ROOT / "train.py", "-m", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "model.k = 9000: at most model.d_sae = 64" in done.stderr
+    assert (tmp_path / "runs" / "3" / "summary.json").exists()
