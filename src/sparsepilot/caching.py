@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sparsepilot.config.instantiate import instantiate
-from sparsepilot.data.cache import Cache
-from sparsepilot.data.layout import MANIFEST_FILE
+from sparsepilot.data import synthetic
+from sparsepilot.data.cache import Cache, Manifest
+from sparsepilot.data.layout import MANIFEST_FILE, PLAN_FILE
 from sparsepilot.data.plan import CachePlan
-from sparsepilot.data.writer import CacheWriter, create, seal
+from sparsepilot.data.writer import CacheWriter, create, load_plan
 from sparsepilot.errors import ConfigError, DataError
 from sparsepilot.lm import text as lm_text
 from sparsepilot.lm.harvest import Block, describe, expand_sites, harvest, site_widths
@@ -55,14 +58,109 @@ def build_cache(
     world: int = 1,
     console: Console | None = None,
 ) -> Cache | None:
-    """Builds the cache that a `data` group describes, by its `build` recipe."""
-    recipe = data["build"]
-    if recipe["_target_"].endswith(build_from_lm.__name__):
-        given = {"sites": data["sites"], "lm": lm, "text": text, "seed": 0, "rank": rank, "world": world}
-        cache = instantiate(recipe, path=data["path"], console=console, _recursive_=False, _convert_="all", **given)
+    """This process's share of the cache that a `data` group describes, by its `build` recipe.
+
+    Returns the sealed cache, or None while other processes' shares are missing.
+    """
+    console = console or Console(soft_wrap=True)
+    given = {"path": data["path"], "rank": rank, "world": world, "_convert_": "all"}
+    if _is_from_lm(data["build"]):
+        given |= {"sites": data["sites"], "lm": lm, "text": text, "seed": 0, "console": console, "_recursive_": False}
+        return cast(Cache | None, instantiate(data["build"], **given))
+    with _bar(console, "making rows") as show:
+        return cast(Cache | None, instantiate(data["build"], progress=show, **given))
+
+
+def check_recipe(data: Mapping[str, Any], lm: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Checks that a sealed cache at `data.path` is the one that `data.build` would make, as far as can be told without
+    the language model; does nothing where there is no recipe or no sealed cache.
+
+    What depends on the machine is left to the cache: chunk sizes of 0, `lm.dtype=auto`, Python's own version.
+
+    Raises:
+        DataError: naming the first field that differs, both values, and what to do.
+    """
+    build, path = data.get("build"), Path(data["path"])
+    if build is None or not is_sealed(path):
+        return
+    plan = Manifest.read(path).plan
+    if _is_from_lm(build):
+        wanted, there = _lm_recipe(data["sites"], build, lm, text), _lm_recipe_of(plan)
     else:
-        cache = instantiate(recipe, path=data["path"], _convert_="all")
-    return cast(Cache | None, cache)
+        wanted = {f"data.build.{name}": value for name, value in (_defaults(synthetic.build) | dict(build)).items()}
+        there = {f"data.build.{name}": value for name, value in synthetic.recipe_of(plan).items()}
+    if not there:
+        raise DataError(
+            f"data.path = {data['path']!r}: holds a cache of another kind than data.build makes; {_ELSEWHERE}"
+        )
+    for field, value in wanted.items():
+        if field in there and not _is_met(field, value, there[field], plan):
+            raise DataError(
+                f"{field} = {value!r}: the cache at data.path = {data['path']} was built with {there[field]!r}; "
+                f"{_ELSEWHERE}, or the old value"
+            )
+
+
+_ELSEWHERE = "choose another data.path to build one there"
+
+
+def _is_met(field: str, wanted: Any, there: Any, plan: CachePlan) -> bool:
+    if field == "data.sites":  # a run may read some of the sites that were cached
+        return all(site in there or site.removesuffix(":out") in plan.widths for site in wanted)
+    left_open = {"data.build.chunk_rows": 0, "data.build.shard_rows": 0, "lm.dtype": "auto"}
+    return wanted == there or (field in left_open and wanted == left_open[field])
+
+
+def _is_from_lm(build: Mapping[str, Any]) -> bool:
+    return cast(str, build["_target_"]).endswith(build_from_lm.__name__)
+
+
+_RECORDED = ("data.sites", "data.build.max_tokens", "data.build.val_fraction", "lm.gguf", "lm.revision")
+"""Of a recipe, what a plan would not hold otherwise."""
+
+
+def _lm_recipe(
+    sites: Sequence[str], build: Mapping[str, Any], lm: Mapping[str, Any], text: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the rows of a cache depend on, by the names that it has in the configuration; as JSON."""
+    build, lm, text = _defaults(build_from_lm) | dict(build), _defaults(load) | dict(lm), dict(text)
+    names = ("dtype", "context_length", "max_tokens", "val_fraction", "chunk_rows", "shard_rows")
+    return {
+        "data.sites": list(sites),
+        **{f"data.build.{name}": build[name] for name in names},
+        "lm.id": lm["id"],
+        "lm.gguf": lm["gguf"] and Path(lm["gguf"]).name,  # a file may be moved
+        "lm.revision": lm["revision"],
+        "lm.dtype": lm["dtype"],
+        **_text_recipe(text),
+    }
+
+
+def _lm_recipe_of(plan: CachePlan) -> dict[str, Any]:
+    """The recipe of a cache, as far as it is recorded; empty where no language model made it."""
+    source = plan.source
+    if "model_id" not in source:
+        return {}
+    return {
+        "data.build.dtype": plan.dtype,
+        "data.build.context_length": source["context_length"],
+        "data.build.chunk_rows": plan.chunk_rows,
+        "data.build.shard_rows": plan.shard_rows,
+        "lm.id": source["model_id"],
+        "lm.dtype": source["model_dtype"],
+        **_text_recipe({name: value for name, value in source["text"].items() if name != "python"}),
+        **source.get("recipe", {}),  # not in caches of before it was recorded
+    }
+
+
+def _text_recipe(text: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {"source": text["source"]} | _defaults(lm_text.documents) | dict(text)
+    return {f"text.{name}": list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 
 
 def build_from_lm(
@@ -76,7 +174,7 @@ def build_from_lm(
     context_length: PositiveInt = 256,
     batch_contexts: PositiveInt = 8,
     max_tokens: PositiveInt | None = None,
-    val_fraction: float = 0.05,
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05,
     chunk_rows: NonNegativeInt = 0,
     shard_rows: NonNegativeInt = 0,
     rank: NonNegativeInt = 0,
@@ -116,18 +214,17 @@ def build_from_lm(
             val_fraction=val_fraction,
             seed=seed,
             max_tokens=max_tokens,
+            shuffle=max_tokens is None or text["source"] not in lm_text.STREAMED,
         )
     source = describe(model, packed, lm_text.describe(**text))
+    if not (Path(path) / PLAN_FILE).is_file() or "recipe" in load_plan(Path(path)).source:  # else begun before it was
+        recipe = _lm_recipe(sites, {"max_tokens": max_tokens, "val_fraction": val_fraction}, lm, text)
+        source["recipe"] = {name: recipe[name] for name in _RECORDED}
     plan = CachePlan(packed.num_train_rows, packed.num_val_rows, widths, dtype, chunk_rows, shard_rows, source)
     create(path, plan)
     writer = CacheWriter(path, rank, world)
     _write(writer, model, packed, names, dtype, batch_contexts, console)
-    try:
-        return seal(path)
-    except DataError:
-        if world > 1:
-            return None  # another process has not finished its share; the last one to finish seals
-        raise
+    return writer.finish()
 
 
 def _write(
@@ -141,9 +238,16 @@ def _write(
 ) -> None:
     pending = writer.pending()
     total = sum(len(rows) for rows in pending)
-    columns = (TextColumn("harvesting activations"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("harvest", total=total)
+    done = 0
+    with _bar(console, "harvesting activations") as show:
+
+        def counted(blocks: Iterator[Block]) -> Iterator[Block]:
+            nonlocal done
+            for block in blocks:
+                done += len(block.rows)
+                show(done, total)
+                yield block
+
         for rows in pending:
             blocks = harvest(
                 model,
@@ -153,14 +257,17 @@ def _write(
                 batch_contexts=batch_contexts,
                 dtype="float32" if dtype == "int8" else dtype,
             )
-            shard = _join(_advancing(blocks, bar, task))
+            shard = _join(counted(blocks))
             writer.write_shard(rows, shard.x, shard.tokens, shard.positions, shard.documents)
 
 
-def _advancing(blocks: Iterator[Block], bar: Progress, task: Any) -> Iterator[Block]:
-    for block in blocks:
-        bar.advance(task, len(block.rows))
-        yield block
+@contextmanager
+def _bar(console: Console, label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, where there is a terminal, moved by calling what it yields with (rows done, rows in all)."""
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _join(blocks: Iterator[Block]) -> Block:

@@ -3,62 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from lightning import LightningDataModule
+from pydantic import PositiveInt
 
-from sparsepilot.data.cache import Cache
+from sparsepilot.data.cache import Cache, Manifest
 from sparsepilot.data.loader import TrainLoader, ValLoader, streams_of_rank
 from sparsepilot.data.order import Order
+from sparsepilot.data.sites import expand_sites
 from sparsepilot.data.window import window_rows_per_stream
-from sparsepilot.errors import CheckpointError, ConfigError, DataError
+from sparsepilot.errors import CheckpointError, ConfigError
 
 
 class ActivationData(LightningDataModule):
     """Rows of a sealed activation cache, several sites side by side.
 
-    `window_mb` is the shuffle window of all streams over all ranks, in MiB of stored rows. `expect_widths` (site ->
-    width), where given, must be what the cache holds. `start_sample` may be set until `train_dataloader()` is called.
+    `sites` are names or globs (see `data.sites`); the attribute of that name lists what they stand for in this cache.
+    `window_mb` is the shuffle window of all streams over all ranks, in MiB of stored rows. `start_sample` may be set
+    until `train_dataloader()` is called.
 
-    Raises DataError (cache, sites, widths) and ConfigError (sizes) on construction.
+    Raises DataError (cache, sites) and ConfigError (sizes) on construction.
     """
 
     def __init__(
         self,
         path: str,
         sites: Sequence[str],
-        num_streams: int = 64,
-        window_mb: int = 1024,
-        prefetch_batches: int = 4,
-        val_batch: int = 4096,
-        val_rows: int | None = None,
+        num_streams: PositiveInt = 64,
+        window_mb: PositiveInt = 1024,
+        prefetch_batches: PositiveInt = 4,
+        val_batch: PositiveInt = 4096,
+        val_rows: PositiveInt | None = None,
         *,
         batch: int,
         accumulate: int,
         total_samples: int,
         seed: int,
-        expect_widths: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
         if not sites:
             raise ConfigError("sites=[] names nothing to read; name at least one site of the cache")
         if len(set(sites)) < len(sites):
             raise ConfigError(f"sites={list(sites)} names a site twice")
-        self.sites = list(sites)
+        self.sites = expand_sites(sites, Manifest.read(Path(path)).plan.widths, path)
         self.cache = Cache(path, self.sites)
-        widths = self.cache.widths
-        for site, wanted in (expect_widths or {}).items():
-            if widths.get(site) != wanted:
-                raise DataError(f"{path}: site {site!r} is {widths.get(site)} wide, {wanted} is wanted")
-        self.site_slices: dict[str, slice] = {}
-        self.d_in = 0
-        for site in self.sites:
-            self.site_slices[site] = slice(self.d_in, self.d_in + widths[site])
-            self.d_in += widths[site]
+        widths = [self.cache.widths[site] for site in self.sites]
+        self.d_in = sum(widths)
         self.num_streams, self.seed = num_streams, seed
         self.prefetch_batches, self.val_batch, self.val_rows = prefetch_batches, val_batch, val_rows
         self.batch, self.accumulate, self.total_samples = batch, accumulate, total_samples
-        window = window_rows_per_stream(window_mb, num_streams, [widths[s] for s in self.sites], self.cache.dtype)
+        window = window_rows_per_stream(window_mb, num_streams, widths, self.cache.dtype)
         self.order = Order(self.cache.num_train_rows, self.cache.chunk_rows, num_streams, window, seed)
         self.start_sample = 0
         self._loader(0, 1)  # refuses a batch that does not divide before anything is built

@@ -16,6 +16,7 @@ from typing import Any
 
 from sparsepilot import faults
 from sparsepilot.errors import DataError
+from sparsepilot.run_folder import sync_folder
 
 
 def write_durably(path: Path, data: bytes | bytearray | memoryview, fault: str | None = None) -> None:
@@ -40,15 +41,6 @@ def write_durably(path: Path, data: bytes | bytearray | memoryview, fault: str |
             partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder's entries: a rename is only durable once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_partials(path: Path) -> None:

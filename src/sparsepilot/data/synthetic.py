@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,10 +18,11 @@ from sparsepilot.data.cache import Cache
 from sparsepilot.data.dtypes import batch_dtype
 from sparsepilot.data.layout import MANIFEST_FILE
 from sparsepilot.data.plan import CachePlan
-from sparsepilot.data.writer import CacheWriter, create, seal, write_planted_features
+from sparsepilot.data.writer import CacheWriter, create, write_planted_features
 from sparsepilot.errors import ConfigError
 
 SITE = "synthetic"
+KIND = "planted dictionary"
 _BLOCK_DOCUMENTS = 32
 _TOPIC_FEATURES, _TOPIC_SHARE = 16, 0.3
 _FEATURES, _TRAIN, _VAL = 0, 1, 2
@@ -100,30 +104,33 @@ class PlantedRows:
 def build(
     path: str | Path,
     *,
-    num_rows: int,
-    num_val_rows: int,
-    d_in: int,
-    num_features: int,
-    mean_active: float,
-    noise: float,
-    seed: int,
+    num_rows: PositiveInt,
+    num_val_rows: NonNegativeInt,
+    d_in: PositiveInt,
+    num_features: PositiveInt,
+    mean_active: PositiveFloat,
+    noise: NonNegativeFloat,
+    seed: NonNegativeInt,
     power: float = 1.0,
-    mean_norm: float = 1.0,
-    document_rows: int = 128,
-    dtype: str = "float32",
-    chunk_rows: int = 0,
-    shard_rows: int = 0,
-    progress: Callable[[int], None] | None = None,
-) -> Cache:
+    mean_norm: NonNegativeFloat = 1.0,
+    document_rows: PositiveInt = 128,
+    dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float32",
+    chunk_rows: NonNegativeInt = 0,
+    shard_rows: NonNegativeInt = 0,
+    rank: NonNegativeInt = 0,
+    world: PositiveInt = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Cache | None:
     """Builds (or finishes, or just opens) a synthetic cache with `num_rows` training rows at `path`.
 
-    One shard is in memory at a time, so it may be of any size. `progress` is called with the rows of each shard that
-    is done. The site is called "synthetic"; a row's token is one of its firing features. DataError when another
+    Of `world` processes, this one writes the shards of `rank`. One shard is in memory at a time, so the cache may be
+    of any size. `progress(rows made, rows in all)` counts this process's share. The site is called "synthetic"; a
+    row's token is one of its firing features. None while other processes' shards are missing. DataError when another
     cache lies at `path`.
     """
     planted = PlantedRows(d_in, num_features, mean_active, noise, seed, power, mean_norm, document_rows)
     source = {
-        "kind": "planted dictionary",
+        "kind": KIND,
         "num_features": num_features,
         "mean_active": mean_active,
         "noise": noise,
@@ -136,22 +143,42 @@ def build(
     create(path, plan)
     if (Path(path) / MANIFEST_FILE).is_file():
         return Cache(path)
-    writer = CacheWriter(path)
+    writer = CacheWriter(path, rank, world)
     pending = writer.pending()
-    if progress and len(pending) < plan.num_shards:
-        progress(plan.num_rows - sum(map(len, pending)))
+    if pending and pending[0].start == 0:
+        # The truth is written by whoever writes the first shard, and before it: where that is whole, so is the truth.
+        write_planted_features(path, planted.features_FD)
+    num_own = sum(len(plan.shard_range(shard)) for shard in range(rank, plan.num_shards, world))
+    num_made = num_own - sum(map(len, pending))
     for rows in pending:
-        pieces = [
-            *planted.rows(_TRAIN, rows.start, max(rows.start, min(rows.stop, num_rows))),
-            *planted.rows(_VAL, max(rows.start - num_rows, 0), max(rows.stop - num_rows, 0)),
-        ]
+        pieces = []
+        for piece in itertools.chain(
+            planted.rows(_TRAIN, rows.start, max(rows.start, min(rows.stop, num_rows))),
+            planted.rows(_VAL, max(rows.start - num_rows, 0), max(rows.stop - num_rows, 0)),
+        ):
+            pieces.append(piece)
+            num_made += len(piece[0])
+            if progress:
+                progress(num_made, num_own)
         x_BD = torch.cat([x for x, _ in pieces]).to(batch_dtype(dtype))
         numbers = np.arange(rows.start, rows.stop)
         within = np.where(numbers < num_rows, numbers, numbers - num_rows)
         documents = within // document_rows + np.where(numbers < num_rows, 0, math.ceil(num_rows / document_rows))
         tokens = np.concatenate([top for _, top in pieces])
         writer.write_shard(rows, {SITE: x_BD}, tokens, within % document_rows, documents)
-        if progress:
-            progress(len(rows))
-    write_planted_features(path, planted.features_FD)
-    return seal(path)
+    return writer.finish()
+
+
+def recipe_of(plan: CachePlan) -> dict[str, Any]:
+    """The arguments of `build` that made a cache of this plan; none where it is no synthetic one."""
+    if plan.source.get("kind") != KIND:
+        return {}
+    return {
+        "num_rows": plan.num_train_rows,
+        "num_val_rows": plan.num_val_rows,
+        "d_in": plan.widths[SITE],
+        **{name: value for name, value in plan.source.items() if name != "kind"},
+        "dtype": plan.dtype,
+        "chunk_rows": plan.chunk_rows,
+        "shard_rows": plan.shard_rows,
+    }

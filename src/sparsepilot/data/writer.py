@@ -23,17 +23,15 @@ from sparsepilot import faults
 from sparsepilot.data import layout
 from sparsepilot.data.cache import Cache
 from sparsepilot.data.dtypes import STORED, as_numpy, dequantize, quantize
-from sparsepilot.data.files import (
-    canonical_json,
-    read_json,
-    remove_partials,
-    sha256,
-    sync_folder,
-    write_json,
-)
+from sparsepilot.data.files import canonical_json, read_json, remove_partials, sha256, write_json
 from sparsepilot.data.plan import CachePlan
 from sparsepilot.data.statistics import Moments, moments, no_moments, site_stats
 from sparsepilot.errors import DataError, nearest
+from sparsepilot.run_folder import sync_folder
+
+
+class ShardsMissingError(DataError):
+    """A cache cannot be sealed yet: some writer has not finished."""
 
 
 def create(path: str | Path, plan: CachePlan) -> None:
@@ -98,6 +96,15 @@ class CacheWriter:
         """The global row ranges, one per shard, that this rank still has to write."""
         shards = range(self.rank, self.plan.num_shards, self.world)
         return [self.plan.shard_range(shard) for shard in shards if _whole_marker(self.path, self.plan, shard) is None]
+
+    def finish(self) -> Cache | None:
+        """Seals the cache when every rank's shards are whole; None while only those of other ranks are missing."""
+        try:
+            return seal(self.path)
+        except ShardsMissingError:
+            if self.pending():
+                raise
+            return None
 
     def write_shard(self, rows: range, x: Mapping[str, Tensor], tokens: Any, positions: Any, documents: Any) -> None:
         """Writes one whole shard: `x[site]` is [len(rows), d], the labels are [len(rows)] integers.
@@ -218,7 +225,7 @@ def _whole_marker(path: Path, plan: CachePlan, shard: int) -> dict[str, Any] | N
 
 
 def write_planted_features(path: str | Path, features_FD: Tensor) -> None:
-    """Stores the true dictionary of a synthetic cache ([num_features, d] fp32); call it before `seal`."""
+    """Stores the true dictionary of a synthetic cache ([num_features, d] fp32); call it before the last shard."""
     group = layout.open_for_writing(Path(path))
     values = features_FD.detach().cpu().float().numpy()
     array = group.create_array(
@@ -237,7 +244,8 @@ def write_planted_features(path: str | Path, features_FD: Tensor) -> None:
 def seal(path: str | Path) -> Cache:
     """Checks that every shard is whole, merges the writers' sums, and writes the manifest that lets the cache open.
 
-    Sealing twice is harmless. DataError when shards are missing (how many, and which is the first).
+    Sealing twice is harmless. ShardsMissingError when shards are missing (how many, and which is the first), another
+    DataError when something is damaged.
     """
     path = Path(path)
     plan = load_plan(path)
@@ -258,7 +266,7 @@ def seal(path: str | Path) -> Cache:
             totals[site] = totals[site].plus(Moments.from_json(marker["stats"][site]))
         digest.update(canonical_json({name: marker["arrays"][name]["sha256"] for name in names}))
     if missing:
-        raise DataError(
+        raise ShardsMissingError(
             f"{path}: {len(missing)} of {plan.num_shards} shards are missing, the first at row "
             f"{plan.shard_range(missing[0]).start}; start the writer again to finish them"
         )

@@ -59,12 +59,12 @@ def harvest(
     rows = range(packed.num_rows) if rows is None else rows
     target = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if target is None or target not in DTYPES.values():
-        raise ConfigError(f"cache dtype={dtype!r}: right are " + ", ".join(map(repr, DTYPES)))
+        raise ConfigError(f"data.build.dtype={dtype!r}: right are " + ", ".join(map(repr, DTYPES)))
     if batch_contexts < 1:
-        raise ConfigError(f"lm.batch_contexts={batch_contexts}: at least 1 is needed")
+        raise ConfigError(f"data.build.batch_contexts={batch_contexts}: at least 1 is needed")
     longest = getattr(lm.model.config, "max_position_embeddings", None)
     if longest is not None and packed.context_length > longest:
-        raise ConfigError(f"lm.context_length={packed.context_length}: {lm.id} takes at most {longest}")
+        raise ConfigError(f"data.build.context_length={packed.context_length}: {lm.id} takes at most {longest}")
     if rows.step != 1 or rows.start < 0 or rows.stop > packed.num_rows:
         raise DataError(f"rows={rows}: right is a range with step 1 within [0, {packed.num_rows})")
     return _harvest(lm, packed, list(sites), rows, batch_contexts, target, progress)
@@ -141,7 +141,7 @@ class _Taker:
         name = str(self._dtype).removeprefix("torch.")
         raise DataError(
             f"site {site!r}: row {self._first_row + row} holds {largest:.3g}, and {name} ends at {most:.3g}; "
-            "cache it with dtype=bfloat16"
+            "cache it with data.build.dtype=bfloat16"
         )
 
 

@@ -86,17 +86,17 @@ def pack(
     the order of arrival does not matter. About `val_fraction` of the *documents* go to validation, one at least.
     `max_tokens` caps the tokens of both sides together (the document at the cap is cut); as the documents are shuffled
     that is a fair sample. `shuffle=False` keeps the order of arrival and reads no further than the cap, for streams
-    that are too long to hold.
+    that come shuffled and are too long to hold.
 
     Raises ConfigError for a bad size or fraction, DataError where no text, or no row for a side, is left.
     """
     has_bos = tokenizer.bos_token_id is not None
     if context_length < 2 + has_bos:
-        raise ConfigError(f"lm.context_length={context_length}: at least {2 + has_bos} is needed")
+        raise ConfigError(f"data.build.context_length={context_length}: at least {2 + has_bos} is needed")
     if not 0 <= val_fraction < 1:
-        raise ConfigError(f"text.val_fraction={val_fraction}: right is from 0 up to, not including, 1")
+        raise ConfigError(f"data.build.val_fraction={val_fraction}: right is from 0 up to, not including, 1")
     if max_tokens is not None and max_tokens < 1:
-        raise ConfigError(f"text.max_tokens={max_tokens}: right is null or at least 1")
+        raise ConfigError(f"data.build.max_tokens={max_tokens}: right is null or at least 1")
     if shuffle:
         documents = sorted(documents, key=lambda document: (_unit(seed, "order", document.id), document.id))
     ids, streams = _tokenize(tokenizer, documents, max_tokens)
@@ -118,7 +118,9 @@ def pack(
     packed = Packed(tokens_CL, mask_CL, documents_CL, tuple(ids), num_train_contexts=len(sides[0][0]))
     if packed.num_train_rows == 0 or (val_fraction > 0 and packed.num_val_rows == 0):
         side_name = "training" if packed.num_train_rows == 0 else "validation"
-        raise DataError(f"text: {len(ids)} documents leave no row for {side_name}; give more text or max_tokens")
+        raise DataError(
+            f"text: {len(ids)} documents leave no row for {side_name}; give more text or data.build.max_tokens"
+        )
     return packed
 
 
@@ -148,7 +150,7 @@ def _choose_val(ids: Sequence[str], val_fraction: float, seed: int) -> list[bool
     if val_fraction == 0:
         return [False] * len(ids)
     if len(ids) < 2:
-        raise DataError("text: one document cannot be split; give at least two, or text.val_fraction=0")
+        raise DataError("text: one document cannot be split; give at least two, or data.build.val_fraction=0")
     drawn = [_unit(seed, "val", id) for id in ids]
     # Few documents may all fall on one side: the smallest draw validates and the largest trains in any case.
     first, last = min(drawn), max(drawn)

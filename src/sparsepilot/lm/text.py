@@ -27,6 +27,10 @@ _SKIPPED_FILES = {"antigravity", "this"}
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
+STREAMED = ("hf_dataset",)
+"""Sources that may be too long to read to their end, and come shuffled already."""
+
+
 class Document(NamedTuple):
     """A text and a name for it that is unique within its source."""
 

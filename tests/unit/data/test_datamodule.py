@@ -9,7 +9,9 @@ import tiny_cache
 import torch
 from lightning import LightningModule, Trainer
 
+from sparsepilot.config.signature import check_fields
 from sparsepilot.data.datamodule import ActivationData
+from sparsepilot.data.sites import expand_sites
 from sparsepilot.errors import CheckpointError, ConfigError, DataError
 from sparsepilot.types import Batch
 
@@ -30,11 +32,28 @@ def data(path: str, **changed: object) -> ActivationData:
 def test_sites_side_by_side(path: str) -> None:
     module = data(path, sites=[SMALL, SITE])
     assert module.d_in == 32
-    assert module.site_slices == {SMALL: slice(0, 8), SITE: slice(8, 32)}
     batch = next(iter(module.train_dataloader()))
     assert batch.x_BD.shape == (16, 32)
     row = int(module.order.batch_rows(0, 32)[0])
-    assert torch.equal(batch.x_BD[0, module.site_slices[SITE]], module.cache.read(SITE, row, row + 1)[0])
+    assert torch.equal(batch.x_BD[0, 8:], module.cache.read(SITE, row, row + 1)[0])
+
+
+def test_globs_stand_for_the_sites_of_the_cache(path: str) -> None:
+    module = data(path, sites=["model.layers.*.mlp:in", "model.layers.*", "model.layers.1:out"])
+    assert module.sites == [SMALL, SITE]
+    assert module.d_in == 32
+    known = sorted(f"model.layers.{layer}.mlp{side}" for layer in range(12) for side in ("", ":in"))
+    wanted = [f"model.layers.{layer}.mlp" for layer in range(12)]
+    assert expand_sites(["model.layers.*.mlp"], known, "here") == wanted
+    assert expand_sites(["model.layers.11.mlp", "model.layers.1?.mlp"], known, "here") == [wanted[11], wanted[10]]
+
+
+@pytest.mark.parametrize("field", ["num_streams", "window_mb", "prefetch_batches", "val_batch", "val_rows"])
+def test_the_signature_carries_the_ranges(path: str, field: str) -> None:
+    given = ("batch", "accumulate", "total_samples", "seed")
+    check_fields("data", {"path": path, "sites": [SITE], field: 1}, ActivationData, given)
+    with pytest.raises(ConfigError, match=f"data.{field} = 0: should be greater than 0"):
+        check_fields("data", {"path": path, "sites": [SITE], field: 0}, ActivationData, given)
 
 
 def test_resuming_takes_up_the_position_and_refuses_another_order(path: str, tmp_path: Path) -> None:
@@ -61,8 +80,8 @@ def test_resuming_takes_up_the_position_and_refuses_another_order(path: str, tmp
 def test_errors_come_on_construction(path: str) -> None:
     with pytest.raises(DataError, match="no site 'model.layers.1.mlp:out' in this cache; did you mean"):
         data(path, sites=["model.layers.1.mlp:out"])
-    with pytest.raises(DataError, match="site 'model.layers.1' is 24 wide, 576 is wanted"):
-        data(path, expect_widths={SITE: 576})
+    with pytest.raises(DataError, match=r"no site 'model.layer.\*.mlp:in' in this cache; did you mean"):
+        data(path, sites=["model.layer.*.mlp:in"])
     with pytest.raises(ConfigError, match="batch=36 is not a multiple"):
         data(path, batch=36)
     with pytest.raises(ConfigError, match="names a site twice"):

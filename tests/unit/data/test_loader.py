@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsepilot.data import layout
+from sparsepilot.data import layout, prefetch
 from sparsepilot.data.cache import Cache
 from sparsepilot.data.loader import TrainLoader, ValLoader
 from sparsepilot.data.order import Order
@@ -156,31 +155,40 @@ def test_an_exception_comes_after_the_items_before_it() -> None:
     assert got == [0, 1, 2]
 
 
-def test_read_ahead_is_bounded_and_waiting_is_counted() -> None:
-    made = []
+def test_read_ahead_is_bounded() -> None:
+    taken, ahead, four_made = [0], [], threading.Event()
 
     def produce():  # type: ignore[no-untyped-def]
-        for i in itertools.count():
-            made.append(i)
+        for i in range(200):
+            ahead.append(i - taken[0])
+            if i == 3:
+                four_made.set()
             yield i
 
     with Prefetcher(produce, 3) as items:
-        deadline = time.monotonic() + 10
-        while len(made) < 4 and time.monotonic() < deadline:
-            time.sleep(0.001)
-        assert next(items) == 0
-        waited_s = items.waited_s
-        assert waited_s < 1
-        time.sleep(0.05)
-        assert len(made) <= 5  # three wait, one was taken, one waits for room
+        assert four_made.wait(60)  # reads ahead unasked
+        for i in range(200):
+            taken[0] += 1
+            assert next(items) == i
+    assert max(ahead) == 3  # three wait, one more waits for room
+
+
+def test_waiting_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, asked = [100.0], threading.Event()
+
+    def clock() -> float:
+        asked.set()
+        return now_s[0]
 
     def slow():  # type: ignore[no-untyped-def]
-        time.sleep(0.2)
+        assert asked.wait(60)  # the consumer has looked at its clock and waits
+        now_s[0] += 7
         yield 0
 
+    monkeypatch.setattr(prefetch, "time", SimpleNamespace(perf_counter=clock))
     with Prefetcher(slow, 1) as items:
-        next(items)
-        assert 0.1 < items.waited_s < 5
+        assert next(items) == 0
+        assert items.waited_s == 7
 
 
 MEMORY = """

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow  # a process that imports torch, writes 10 MB in small synced files and reads them eight ways
 def test_it_runs_at_a_tiny_size() -> None:
     script = Path(__file__).parents[3] / "benchmarks/read_cache.py"
     done = subprocess.run(

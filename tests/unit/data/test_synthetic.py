@@ -42,23 +42,33 @@ def test_the_rows_are_sums_of_the_planted_features(cache: Cache) -> None:
 
 
 def test_a_broken_build_is_taken_up(cache: Cache, tmp_path: Path) -> None:
-    done: list[int] = []
-
-    def stop(rows: int) -> None:
-        done.append(rows)
-        if len(done) == 3:
+    def stop(made: int, total: int) -> None:
+        assert total == 23_000
+        if made > 3 * 2048:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "c", **SIZES, **SMALL, progress=stop)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="9 of 12 shards are missing"):
         Cache(tmp_path / "c")
-    done.clear()
-    done.extend([0] * 4)
-    again = build(tmp_path / "c", **SIZES, **SMALL, progress=done.append)  # type: ignore[arg-type]
-    assert done[4] == 3 * 2048  # what was there is reported first
-    assert sum(done) == 23_000
+    shown: list[tuple[int, int]] = []
+    again = build(tmp_path / "c", **SIZES, **SMALL, progress=lambda *seen: shown.append(seen))  # type: ignore[arg-type]
+    assert 3 * 2048 < shown[0][0] <= 4 * 2048  # what was there counts as made
+    assert shown[-1] == (23_000, 23_000)
+    assert again is not None
     assert again.fingerprint == cache.fingerprint
+
+
+def test_two_writers_share_the_shards(cache: Cache, tmp_path: Path) -> None:
+    shown: list[tuple[int, int]] = []
+    common = {**SIZES, **SMALL, "world": 2, "progress": lambda *seen: shown.append(seen)}
+    assert build(tmp_path / "c", rank=1, **common) is None  # type: ignore[arg-type]
+    assert shown[-1] == (5 * 2048 + 23_000 % 2048, 5 * 2048 + 23_000 % 2048)
+    with pytest.raises(DataError, match="6 of 12 shards are missing"):
+        Cache(tmp_path / "c")
+    whole = build(tmp_path / "c", rank=0, **common)  # type: ignore[arg-type]
+    assert whole is not None
+    assert whole.fingerprint == cache.fingerprint  # of rows and planted features
 
 
 def test_another_sharding_holds_the_same_rows(cache: Cache, tmp_path: Path) -> None:

@@ -126,6 +126,22 @@ def test_left_over_files_of_a_dead_writer_do_not_leak_into_a_shard(tmp_path: Pat
     assert content(path) == content(unbroken)
 
 
+def test_only_the_shards_of_other_writers_are_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    tiny_cache.write(path, tiny_cache.plan(), rank=1, world=2)
+    assert CacheWriter(path, 1, 2).finish() is None
+    with pytest.raises(DataError, match="4 of 7 shards are missing"):
+        CacheWriter(path, 0, 2).finish()  # its own
+    tiny_cache.write(path, tiny_cache.plan(), rank=0, world=2)
+    last = CacheWriter(path, 0, 2)
+    plan = (path / "plan.json").read_bytes()
+    (path / "plan.json").write_bytes(plan.replace(b'"float16"', b'"float32"').replace(b"128", b"256"))
+    with pytest.raises(DataError, match="plan.json: damaged"):
+        last.finish()
+    (path / "plan.json").write_bytes(plan)
+    assert last.finish() is not None
+
+
 def test_sealing_twice_and_creating_twice_change_nothing(tmp_path: Path) -> None:
     path = tiny_cache.sealed(tmp_path / "c").path
     before = content(path)
