@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -36,10 +34,12 @@ class Claim:
     _lock: IO[Any] | None = None
 
     def lock(self) -> None:
-        """Holds the folder until `release`, or until this process is gone.
+        """Holds the folder until `release`, or until this process is gone; makes it where there is none.
 
         Raises ConfigError when another process is training there.
         """
+        if self._lock is not None:
+            return
         self.folder.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         try:
@@ -86,17 +86,6 @@ def claim(run_dir: str, resume: str, config: dict[str, Any]) -> Claim:
     found.notes.append(f"resuming {folder.path} at {found.samples:,} samples")
     found.notes += [f"  changed: {change}" for change in found.changes]
     return found
-
-
-@contextlib.contextmanager
-def holding(claimed: Claim) -> Iterator[None]:
-    """Locks a fresh folder, too, and lets go at the end."""
-    try:
-        if claimed._lock is None:
-            claimed.lock()
-        yield
-    finally:
-        claimed.release()
 
 
 def record_start(folder: RunFolder, config: dict[str, Any], cache_fingerprint: str) -> None:

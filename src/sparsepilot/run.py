@@ -22,14 +22,14 @@ from rich.console import Console
 
 from sparsepilot import faults
 from sparsepilot.autoencoders.base import Autoencoder
-from sparsepilot.caching import build_cache, is_sealed
+from sparsepilot.caching import build_cache, check_recipe, is_sealed
 from sparsepilot.callbacks.checkpoint import CrashSafeCheckpoint
 from sparsepilot.callbacks.checkpoint_io import CrashSafeIO
 from sparsepilot.callbacks.progress import ProgressLine
 from sparsepilot.callbacks.run_log import RunLog
 from sparsepilot.callbacks.stop import StopAtStep
 from sparsepilot.callbacks.validate import ValidateEvery
-from sparsepilot.claim import Claim, claim, holding, record_start
+from sparsepilot.claim import Claim, claim, record_start
 from sparsepilot.config.check import check
 from sparsepilot.config.instantiate import instantiate
 from sparsepilot.controllers.base import Controller
@@ -64,16 +64,15 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
     for note in claimed.notes:
         console.print(note, highlight=False)
     faults.point("resume-claimed")
-    with holding(claimed):
+    try:
         data = build_data(cfg, console)
         data.start_sample = claimed.samples
         module = build_module(cfg, data)
         _say_stretched_schedule(cfg, claimed, console)
-        wandb = WandbCopy(
-            folder, plain(cfg)["logger"].get("wandb"), say=lambda text: console.print(text, highlight=False)
-        )
+        wandb = WandbCopy(folder, plain(cfg)["logger"].get("wandb"), lambda text: console.print(text, highlight=False))
         log = RunLog(folder, claimed.samples, lambda: _waited_s(trainer), wandb.after_checkpoint)
         trainer = build_trainer(cfg, folder, log, console, claimed.samples)
+        claimed.lock()  # only now: a fresh folder is made when nothing can be wrong with the input any more
         record_start(folder, plain(cfg), data.cache.fingerprint)
         wandb.begin()
         try:
@@ -83,6 +82,8 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
             wandb.close()
         summary = finish(folder, module, data)
         wandb.finish()
+    finally:
+        claimed.release()
     print_end(console, folder, summary, cfg.model.d_sae, _command())
     return summary
 
@@ -144,6 +145,7 @@ def build_data(cfg: DictConfig, console: Console) -> ActivationData:
     values = plain(cfg)
     node = dict(values["data"])
     recipe = node.pop("build", None)
+    check_recipe(values["data"], values["lm"], values["text"])
     if recipe is not None and not is_sealed(Path(node["path"])):
         console.print(f"building the activation cache {node['path']}", highlight=False)
         build_cache(values["data"], values["lm"], values["text"], console=console)

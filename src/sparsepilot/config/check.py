@@ -63,7 +63,11 @@ def _check_data(plain: dict[str, Any]) -> None:
     check_target("data", data, given=("batch", "accumulate", "total_samples", "seed"))
     if build is not None:
         from_lm = build["_target_"].endswith("build_from_lm")
-        given = ("path", "sites", "lm", "text", "seed", "rank", "world", "console") if from_lm else ("path", "progress")
+        given = (
+            ("path", "sites", "lm", "text", "seed", "rank", "world", "console")
+            if from_lm
+            else ("path", "progress", "rank", "world")
+        )
         check_target("data.build", build, given=given)
         if from_lm:
             check_fields("lm", plain["lm"], lm_load.load)
