@@ -2,8 +2,8 @@
 
     python benchmarks/int8_cost.py --samples 1000000 --seeds 0 1 2
 
-Builds cache/demo and cache/demo_int8 where they are missing (same model, text and seed, hence the same rows) and prints their
-sizes on disk, the FVU of the int8 rows themselves, and that of the dictionaries.
+Builds cache/demo and cache/demo_int8 where they are missing (same model, text and seed, hence the same rows); prints
+their sizes on disk, the FVU of the int8 rows themselves, and that of the dictionaries.
 """
 
 from __future__ import annotations
