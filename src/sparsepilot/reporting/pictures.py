@@ -36,6 +36,7 @@ def draw_overview(folder: RunFolder) -> Path:
     samples, silent = _series(rows, "samples", "val/silent_latents")
     axes[1, 0].plot(_millions(samples), silent, marker="o", markersize=3, label="silent over a whole pass")
     axes[1, 0].set(xlabel="samples (M)", ylabel="latents")
+    axes[1, 0].set_ylim(bottom=0, top=max(10, axes[1, 0].get_ylim()[1]))
     axes[1, 0].legend()
 
     histograms = [row["val/firing_density_histogram"] for row in rows if "val/firing_density_histogram" in row]
