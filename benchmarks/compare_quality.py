@@ -1,6 +1,6 @@
 """FVU and L0 of this project's TopK beside sae-lens's and dictionary-learning's, on the demo cache.
 
-    python benchmarks/compare_quality.py --scratch /tmp/quality --samples 819200 \\
+    python benchmarks/compare_quality.py --scratch /tmp/quality --samples 409600 \\
         --peers-python .venv-peers/bin/python --json result.json
 
 How the peers' environment is made stands in `benchmarks/peers/*.py`, and so does what each tool is trained with: its
