@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("sparsepilot", "torch", "lightning", "zarr", "torchmetrics", "hydra-core")
+PACKAGES = ("sparsepilot", "torch", "lightning", "zarr", "torchmetrics", "hydra-core", "wandb", "numpy")
 
 
 def environment() -> dict[str, Any]:
     """Versions, threads and the git commit: what a run's bits depend on beside its configuration."""
     return {
         "python": platform.python_version(),
-        **{
-            name: _version(name) for name in ("sparsepilot", "torch", "lightning", "zarr", "torchmetrics", "hydra-core")
-        },
+        **{name: _version(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),
         "git_commit": _git_commit(),
     }
