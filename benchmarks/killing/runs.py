@@ -28,7 +28,7 @@ BASE = (
     *("data.build.num_features=64", "data.build.mean_active=4", "data.build.power=1.0"),
     *("data.num_streams=16", "data.val_batch=512"),
     # far more latents than features, so that some are dead and AuxK acts: a lost counter must show
-    *("model.d_sae=512", "model.k=4", "model.aux_k=8"),
+    *("model.d_sae=512", "model.k=4", "model.revival.aux_k=8"),
     *("controller._target_=killing.targets.SteppedK", "schedule=cosine", "schedule.warmup_samples=4096"),
     *("schedule._target_=killing.targets.cosine", "~schedule.final_factor"),
     *(f"batch={BATCH}", f"samples={BATCH * STEPS}", "logger=none", "callbacks.log_every_steps=5"),

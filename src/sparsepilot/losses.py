@@ -6,18 +6,17 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def reconstruction(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
-    """Mean over rows of ||x - x_hat||^2 (summed over dimensions), a scalar."""
-    return (x_BD - x_hat_BD).square().sum(dim=-1).mean()
+def squared_error(y_BD: Tensor, y_hat_BD: Tensor) -> Tensor:
+    """Sum over rows and dimensions of (y - y_hat)^2, a scalar."""
+    return (y_BD - y_hat_BD).square().sum()
 
 
-def aux_k(e_BD: Tensor, e_hat_BD: Tensor, mean_sq_residual: Tensor) -> Tensor:
-    """AuxK (Gao et al. 2024, arXiv 2406.04093): ||e - e_hat||^2 / ||e||^2 for the residual e = x - x_hat.
+def aux_k(sq_error: Tensor, mean_sq_residual: Tensor) -> Tensor:
+    """AuxK (Gao et al. 2024, arXiv 2406.04093): ||e - e_hat||^2 / ||e||^2 for the residual e = y - y_hat.
 
     Args:
-        e_BD: [B, D] residual of the main reconstruction, detached by the caller.
-        e_hat_BD: [B, D] its reconstruction from dead latents, decoded without b_dec.
+        sq_error: mean over rows of ||e - e_hat||^2, where e_hat is decoded from dead latents without b_dec.
         mean_sq_residual: E||e||^2 per row. Training passes the previous optimizer step's all-reduced value: it moves
             slowly, needs no collective inside the forward pass, and is the same for any split of the batch.
     """
-    return (e_BD - e_hat_BD).square().sum(dim=-1).mean() / mean_sq_residual
+    return sq_error / mean_sq_residual

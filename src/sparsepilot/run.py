@@ -35,14 +35,17 @@ from sparsepilot.config.instantiate import instantiate
 from sparsepilot.controllers.base import Controller
 from sparsepilot.data.datamodule import ActivationData
 from sparsepilot.interop import dictionary
+from sparsepilot.interop.fold import fold
 from sparsepilot.reporting.environment import environment
 from sparsepilot.reporting.summary import print_end, print_sizes
 from sparsepilot.reporting.wandb import WandbCopy
 from sparsepilot.rows import read_rows
+from sparsepilot.process_memory import keep_freed_memory
 from sparsepilot.run_folder import RunFolder, write_json
 from sparsepilot.training.module import TrainingModule
-from sparsepilot.training.trainee import InputStats, Trainee
+from sparsepilot.training.trainee import Trainee
 from sparsepilot.training.validation import Validation
+from sparsepilot.wiring import WIRING, wire
 
 NO_LIGHTNING_VALIDATION = 2**62  # batches; ValidateEvery decides instead
 
@@ -106,6 +109,7 @@ def prepare_process(cfg: DictConfig) -> None:
     """Seeds, threads, deterministic kernels, and libraries that keep quiet."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    keep_freed_memory()
     torch.use_deterministic_algorithms(True)
     # filling every fresh tensor would cost more than the sparse step; no kernel here reads memory that it did not write
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -169,15 +173,12 @@ def _whole_batches(samples: int, batch: int) -> int:
 def build_module(cfg: DictConfig, data: ActivationData) -> TrainingModule:
     """The LightningModule with its trainees."""
     total_samples = _total(cfg)
-    stats = [data.cache.stats(site) for site in data.sites]
-    inputs = InputStats(
-        mean_D=torch.cat([s.mean_D for s in stats]),
-        variance_D=torch.cat([s.variance_D for s in stats]),
-        scale=(data.d_in / sum(s.mean_sq_norm for s in stats)) ** 0.5,
-    )
-    autoencoder: Autoencoder = instantiate(cfg.model, d_in=data.d_in)
+    model = plain(cfg)["model"]
+    wired = wire(data, **{name: model.pop(name) for name in WIRING if name in model})
+    # a partial: Hydra would turn a dataclass among the arguments into a configuration node
+    autoencoder: Autoencoder = instantiate({**model, "_partial_": True})(blocks=wired.blocks)
     controller: Controller = instantiate(cfg.controller)
-    trainee = Trainee(autoencoder, controller, inputs, slice(0, data.d_in), total_samples)
+    trainee = Trainee(autoencoder, controller, wired.sites, total_samples, cfg.batch, cfg.seed)
     validation = Validation(trainee, data.cache.num_train_rows, data.cache.planted_features())
     return TrainingModule(
         trainees={"sae": trainee},
@@ -256,13 +257,15 @@ def finish(folder: RunFolder, module: TrainingModule, data: ActivationData) -> d
     autoencoder = trainee.autoencoder
     cfg_out = {
         **autoencoder.inference_config(trainee.controller.strength),
-        "sites": data.sites,
+        "sites": [site.name for site in trainee.sites.reads],
+        "sites_out": [site.name for site in trainee.sites.writes or trainee.sites.reads],
         "samples": module.samples,
         "cache_fingerprint": data.cache.fingerprint,
         "source": data.cache.manifest.plan.source,
-        "input_scale_in_training": trainee.scale,
+        "input_scale_in_training": [site.scale for site in trainee.sites.reads],
     }
-    dictionary.save(folder.path, cfg_out, autoencoder.inference_tensors(), trainee.scale)
+    folded = fold(cfg_out, autoencoder.inference_tensors(), trainee.scale_in, trainee.scale_out)
+    dictionary.save(folder.path, cfg_out, folded)
     faults.point("finish-dictionary")
     summary = summarise(folder, module)
     write_json(folder.summary, summary)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from sparsepilot import losses
+from sparsepilot.autoencoders.blocks import Blocks
+from sparsepilot.autoencoders.prefixes import Prefixes
+from sparsepilot.autoencoders.revival import NoRevival, Revival
 from sparsepilot.ops.active import ActiveSet
+from sparsepilot.ops.product import EncoderProduct, Workspace
+from sparsepilot.ops.sparse import at_pairs, decode_at, decode_plain, encode_at, encode_plain
+
+DENSE_ABOVE = 1 / 24
+"""Share of active (row, latent) pairs above which a step is cheaper dense: measured on two cores, see docs/log.md."""
 
 
 class Knob(NamedTuple):
@@ -22,6 +33,69 @@ class Knob(NamedTuple):
     high: float
 
 
+class Moment(NamedTuple):
+    """Where a run stands: everything that a step depends on beside parameters and rows."""
+
+    strength: float
+    """value of the knob"""
+    samples: int
+    """the clock after the present global batch"""
+    batch: int
+    """rows of a global batch"""
+    total_samples: int
+    """the budget"""
+    dead_ids_A: Tensor
+    """[A] ids of the latents that count as dead now (may be empty)"""
+    mean_sq_residual: Tensor
+    """scalar, E||y - y_hat||^2 of the previous optimizer step over all ranks, AuxK's unit"""
+    seed: int = 0
+    """of the run; what is random in a step is seeded from it and `samples`"""
+    inference: bool = False
+    """activations as at inference: BatchTopK's threshold, no annealing"""
+
+
+class Selection(NamedTuple):
+    """Which pairs a step touches, found sparsely."""
+
+    active: ActiveSet
+    pre_P: Tensor
+    """[P] their pre-activations, without a graph"""
+    inner_P: Tensor | None = None
+    """[P] bool: which of them count in the main reconstruction; None: all"""
+    measures: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
+    """scalars that `close_step` and the log want"""
+
+
+class Dense(NamedTuple):
+    """So many pairs are active that the dense path is cheaper."""
+
+    bound: Tensor | None = None
+    """what `keep` needs to know of the whole batch"""
+    measures: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
+
+
+class Extra(NamedTuple):
+    """Another reconstruction from the same pairs that adds its squared error to the loss."""
+
+    name: str
+    codes: Tensor
+    weight: float
+    frozen: bool
+    """gradients reach the encoder only"""
+
+
+class Response(NamedTuple):
+    """What an architecture makes of pre-activations, elementwise: of [P] pairs, or of a dense [b, F] tile."""
+
+    codes: Tensor
+    """values of the latents, 0 where they are not active; the shape of the pre-activations"""
+    penalty: Tensor | None = None
+    """scalar: the sparsity loss summed over the elements; the knob multiplies it"""
+    extras: tuple[Extra, ...] = ()
+    measures: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
+    """sums over the elements that `close_step` and the log want, detached"""
+
+
 class Step(NamedTuple):
     """What one forward pass over a micro-batch gives."""
 
@@ -29,44 +103,105 @@ class Step(NamedTuple):
     """Scalar with a graph: the mean over the micro-batch's rows of everything that is minimised."""
     terms: dict[str, Tensor]
     """Detached scalars by name: means over rows, before their coefficients. `recon` is always there."""
-    x_hat_BD: Tensor
-    """Detached reconstruction, in the scaled units of the input."""
-    codes_BK: Tensor
-    """Detached values of the active latents; a zero means that the slot is not active."""
-    active: ActiveSet
+    y_hat_BD: Tensor
+    """Detached reconstruction, in the scaled units of the target."""
+    firings_F: Tensor
+    """[F] int64: on how many rows each latent is active; their sum over rows is the L0."""
+
+
+class _Sums(NamedTuple):
+    """Sums over rows, with graphs: they add up over tiles."""
+
+    y_hat_BD: Tensor
+    recon: Tensor
+    prefixes: Tensor
+    penalty: Tensor
+    firings_F: Tensor
+    extras: tuple[Tensor, ...]
+    measures: tuple[Tensor, ...]
+
+
+class Common(TypedDict, total=False):
+    """Settings that every architecture takes; their defaults are those of `Autoencoder`."""
+
+    revival: Revival | None
+    prefixes: Prefixes | None
+    tile_latents: PositiveInt | None
+    dense_above: NonNegativeFloat
 
 
 class Autoencoder(nn.Module, ABC):
-    """x_hat = b_dec + sum_i f_i(x) W_dec[i], with few f_i(x) > 0.
+    """y_hat = b_dec + sum_i f_i(x) W_dec[i], with few f_i(x) > 0, where f comes from pre = W_enc (x - b_in) + b_enc.
 
-    Inputs are scaled so that E||x||^2 = d_in (the caller's job). Parameters, all fp32:
+    Inputs and targets are scaled so that E||x||^2 is the width of their site (the caller's job). Parameters, all fp32:
 
         W_enc [d_sae, d_in]   rows are latents, so that the sparse step reads a latent's weights in one piece
         b_enc [d_sae]
-        W_dec [d_sae, d_in]   unit rows
-        b_dec [d_in]          subtracted from the input too
+        W_dec [d_sae, d_out]  unit rows where `unit_decoder`
+        b_dec [d_out]         an autoencoder's b_in too; a transcoder's b_in is `mean_in`, a constant
+        W_skip [d_out, d_in]  only with `blocks.skip`
 
-    A subclass implements `forward` and `knob`, and `activate`, the plain dense form of its activation function.
+    A subclass gives `knob`; `select`, which pairs a step touches; `respond`, what becomes of their pre-activations,
+    written once for the sparse and the dense layout; and `activate`, the plain form of its activation function.
+
+    Args:
+        blocks: the sites that are read and written.
+        d_sae: number of latents.
+        revival: what is done about dead latents; None: nothing.
+        prefixes: Matryoshka's nested reconstructions; None: the whole dictionary only.
+        tile_latents: the encoder product runs over so many latents at a time; None: all.
+        dense_above: share of active pairs above which the step runs dense, tile by tile.
     """
 
     architecture: str
     """Name in saved files: `topk`, `jumprelu`, ..."""
-    term_names: tuple[str, ...] = ("recon",)
-    """Every loss term that `forward` may report."""
+    unit_decoder: bool = True
+    extra_terms: tuple[str, ...] = ()
+    """Names of `Response.extras`."""
+    measures: tuple[str, ...] = ()
+    """Names of `Response.measures`, and of what `select` measures."""
+    mean_in: Tensor
 
-    def __init__(self, d_in: int, d_sae: int) -> None:
+    def __init__(
+        self,
+        blocks: Blocks,
+        d_sae: int,
+        revival: Revival | None = None,
+        prefixes: Prefixes | None = None,
+        tile_latents: int | None = None,
+        dense_above: float = DENSE_ABOVE,
+    ) -> None:
         super().__init__()
-        self.d_in = d_in
-        self.d_sae = d_sae
-        W_FD = torch.randn(d_sae, d_in)
-        W_FD /= W_FD.norm(dim=1, keepdim=True)
-        self.W_enc = nn.Parameter(W_FD.clone())  # tied at the start: encoder rows equal decoder rows
+        self.blocks, self.d_in, self.d_out, self.d_sae = blocks, blocks.d_in, blocks.d_out, d_sae
+        self.revival = revival or NoRevival()
+        self.prefixes = prefixes
+        self.tile_latents = tile_latents
+        self.dense_above = dense_above
+        W_dec_FD = torch.randn(d_sae, blocks.d_out)
+        mask_FD = blocks.decoder_mask(d_sae)
+        if mask_FD is not None:
+            W_dec_FD *= mask_FD
+        W_dec_FD /= W_dec_FD.norm(dim=1, keepdim=True)
+        W_enc_FD = W_dec_FD.clone()  # tied at the start: encoder rows equal decoder rows
+        if not blocks.same:
+            W_enc_FD = torch.randn(d_sae, blocks.encoder_width)
+            W_enc_FD /= W_enc_FD.norm(dim=1, keepdim=True)
+        self.W_enc = nn.Parameter(W_enc_FD)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec = nn.Parameter(W_FD)
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
-        self.total_variance = float(d_in)
-        """E||x - mean||^2 in scaled units: what one unit of FVU is worth in the loss; set by `initialise`."""
-        self._workspace: Tensor | None = None
+        self.W_dec = nn.Parameter(W_dec_FD)
+        self.b_dec = nn.Parameter(torch.zeros(blocks.d_out))
+        self.W_skip = nn.Parameter(torch.zeros(blocks.d_out, blocks.d_in)) if blocks.skip else None
+        if not blocks.same:
+            self.register_buffer("mean_in", torch.zeros(blocks.d_in))
+        self.register_buffer("_decoder_mask", mask_FD, persistent=False)
+        self.total_variance = float(blocks.d_out)
+        """E||y - mean||^2 in scaled units: what one unit of FVU is worth in the loss; set by `initialise`."""
+        self._workspace = Workspace()
+
+    @property
+    def b_in(self) -> Tensor:
+        """[d_in] what is subtracted from the input: an autoencoder's b_dec, a transcoder's mean input."""
+        return self.b_dec if self.blocks.same else self.mean_in
 
     @property
     @abstractmethod
@@ -74,76 +209,301 @@ class Autoencoder(nn.Module, ABC):
         """The knob, its range and where it starts."""
 
     @abstractmethod
-    def forward(self, x_BD: Tensor, strength: float, dead_ids_A: Tensor, mean_sq_residual: Tensor) -> Step:
-        """One micro-batch.
+    def select(self, product: Callable[..., EncoderProduct], now: Moment) -> Selection | Dense:
+        """Which pairs the step touches, or that they are so many that the dense path is cheaper.
 
-        Args:
-            x_BD: [B, d_in] scaled inputs.
-            strength: value of the knob.
-            dead_ids_A: [A] ids of the latents that count as dead now (may be empty).
-            mean_sq_residual: scalar, E||x - x_hat||^2 of the previous optimizer step over all ranks, AuxK's unit.
+        `product(shift_F=None)` makes the tiled product of this micro-batch, `shift_F` added to its bias.
         """
 
-    def evaluate(self, x_BD: Tensor, strength: float) -> Step:
-        """A step as at inference, for measuring: nothing is dead, nothing has a graph."""
-        with torch.no_grad():
-            nobody_A = torch.empty(0, dtype=torch.int64, device=x_BD.device)
-            step: Step = self(x_BD, strength, nobody_A, x_BD.new_ones(()))
-            return step
+    @abstractmethod
+    def keep(self, pre_BF: Tensor, dense: Dense, now: Moment) -> tuple[Tensor | None, Tensor | None]:
+        """The same choice on a dense tile, without a graph: bool masks [b, F] of the pairs that count and of the inner
+        ones among them; None: all."""
+
+    @abstractmethod
+    def respond(self, pre: Tensor, at: Callable[[Tensor], Tensor], inner: Tensor | None, now: Moment) -> Response:
+        """Codes and penalty of pre-activations, elementwise.
+
+        Args:
+            pre: [P] of the selected pairs, or [b, F].
+            at: brings a per-latent tensor [F] to the shape of `pre`.
+            inner: bool, as `Selection.inner_P`.
+            now: where the run stands.
+        """
 
     @abstractmethod
     def activate(self, pre_BF: Tensor) -> Tensor:
         """Dense codes [B, F] from dense pre-activations, as at inference."""
 
-    def encode(self, x_BD: Tensor) -> Tensor:
-        """Dense codes [B, F] of scaled inputs: the plain form of what `forward` does sparsely."""
-        return self.activate((x_BD - self.b_dec) @ self.W_enc.T + self.b_enc)
+    # ------------------------------------------------------------------------------------------------ one step
 
-    def decode(self, codes_BF: Tensor) -> Tensor:
-        """[B, d_in] scaled reconstruction of dense codes."""
-        return codes_BF @ self.W_dec + self.b_dec
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """Every loss term and measure that `forward` may report, in a fixed order."""
+        names = ["recon"]
+        if self.prefixes is not None:
+            names.append("prefixes")
+        if self.knob.kind == "penalty":
+            names.append("sparsity")
+        names += self.extra_terms
+        if self.revival.term_name is not None:
+            names.append(self.revival.term_name)
+        return (*names, *self.measures)
+
+    def forward(self, x_BD: Tensor, y_BD: Tensor, now: Moment) -> Step:
+        """One micro-batch.
+
+        Args:
+            x_BD: [B, d_in] scaled inputs.
+            y_BD: [B, d_out] scaled targets; an autoencoder's are its inputs.
+            now: where the run stands.
+        """
+        num_rows = x_BD.shape[0]
+        selection = self._select(x_BD, now)
+        if isinstance(selection, Dense):
+            sums = self._dense(x_BD, y_BD, selection, now)
+        else:
+            sums = self._sparse(x_BD, y_BD, selection, now)
+        terms = {"recon": sums.recon / num_rows}
+        loss = terms["recon"]
+        if self.prefixes is not None:
+            terms["prefixes"] = sums.prefixes / num_rows
+            loss = loss + terms["prefixes"]
+        if self.knob.kind == "penalty":
+            terms["sparsity"] = sums.penalty / num_rows
+            loss = loss + now.strength * terms["sparsity"]
+        for name, weight, total in zip(self.extra_terms, self._extra_weights(), sums.extras, strict=True):
+            terms[name] = total / num_rows
+            loss = loss + weight * terms[name]
+        if self.revival.term_name is not None and now.dead_ids_A.numel() > 0 and not now.inference:
+            value = self.revival.term(self, x_BD, (y_BD - sums.y_hat_BD).detach(), now)
+            terms[self.revival.term_name] = value
+            loss = loss + self.revival.weight(self) * value
+        for name, total in zip(self.measures, sums.measures, strict=True):
+            terms[name] = selection.measures[name] if name in selection.measures else total / num_rows
+        terms = {name: value.detach() for name, value in terms.items()}
+        return Step(loss, terms, sums.y_hat_BD.detach(), sums.firings_F)
 
     @torch.no_grad()
-    def initialise(self, mean_D: Tensor, total_variance: float) -> None:
-        """Takes the (scaled) data's mean, [d_in], where b_dec starts, and its total variance E||x - mean||^2."""
-        self.b_dec.copy_(mean_D)
+    def evaluate(self, x_BD: Tensor, y_BD: Tensor, strength: float) -> Step:
+        """A step as at inference, for measuring: nothing is dead, nothing has a graph."""
+        nobody_A = torch.empty(0, dtype=torch.int64, device=x_BD.device)
+        now = Moment(strength, 0, 1, 1, nobody_A, x_BD.new_ones(()), inference=True)
+        step: Step = self(x_BD, y_BD, now)
+        return step
+
+    @torch.no_grad()
+    def _select(self, x_BD: Tensor, now: Moment) -> Selection | Dense:
+        xc_BD = x_BD - self.b_in
+        device = x_BD.device.type
+        half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+        def product(shift_F: Tensor | None = None) -> EncoderProduct:
+            bias_F = self.b_enc if shift_F is None else self.b_enc + shift_F
+            return EncoderProduct(
+                xc_BD, self.W_enc, bias_F, self._workspace, self.tile_latents, half, self.blocks.readers
+            )
+
+        return self.select(product, now)
+
+    def _sparse(self, x_BD: Tensor, y_BD: Tensor, selection: Selection, now: Moment) -> _Sums:
+        active = selection.active
+        pre_P = encode_at(
+            x_BD, self.W_enc, self.b_enc, self.b_in, selection.pre_P, active, self.blocks.readers
+        )  # fmt: skip
+
+        def at(values_F: Tensor) -> Tensor:
+            return at_pairs(values_F, active)
+
+        response = self.respond(pre_P, at, selection.inner_P, now)
+        rest_BD = self._rest(x_BD)
+        prefixes = y_BD.new_zeros(())
+        if self.prefixes is None or now.inference:
+            y_hat_BD = decode_at(response.codes, self.W_dec, active) + rest_BD
+        else:
+            ends = self.prefixes.ends(self.d_sae, now.seed, now.samples)
+            y_hat_BGD = self.prefixes.decode_at(response.codes, self.W_dec, active, ends) + rest_BD[:, None]
+            prefixes = (y_BD[:, None] - y_hat_BGD[:, :-1]).square().sum()
+            y_hat_BD = y_hat_BGD[:, -1]
+        extras = [
+            y_BD - decode_at(e.codes, self.W_dec.detach() if e.frozen else self.W_dec, active) - _frozen(rest_BD, e)
+            for e in response.extras
+        ]
+        fired_P = (response.codes > 0).to(torch.int64)
+        return self._sums(
+            y_BD, y_hat_BD, prefixes, response, extras,
+            torch.zeros(self.d_sae, dtype=torch.int64, device=x_BD.device).scatter_add_(0, active.ids_P, fired_P),
+        )  # fmt: skip
+
+    def _dense(self, x_BD: Tensor, y_BD: Tensor, dense: Dense, now: Moment) -> _Sums:
+        """The same sums over tiles of rows; each tile is computed again in the backward pass instead of being kept."""
+        tile_rows = EncoderProduct(x_BD, self.W_enc, self.b_enc, self._workspace, self.tile_latents).tile_rows
+        tiles: list[_Sums] = []
+        for x, y in zip(x_BD.split(tile_rows), y_BD.split(tile_rows), strict=True):
+            if torch.is_grad_enabled():
+                tiles.append(checkpoint(self.dense_tile, x, y, dense, now, use_reentrant=False, preserve_rng_state=False))
+            else:
+                tiles.append(self.dense_tile(x, y, dense, now))
+        if len(tiles) == 1:
+            return tiles[0]
+        first = tiles[0]
+        return _Sums(
+            torch.cat([t.y_hat_BD for t in tiles]),
+            _total(t.recon for t in tiles),
+            _total(t.prefixes for t in tiles),
+            _total(t.penalty for t in tiles),
+            _total(t.firings_F for t in tiles),
+            tuple(_total(t.extras[i] for t in tiles) for i in range(len(first.extras))),
+            tuple(_total(t.measures[i] for t in tiles) for i in range(len(first.measures))),
+        )
+
+    def dense_tile(self, x_BD: Tensor, y_BD: Tensor, dense: Dense, now: Moment) -> _Sums:
+        """The plain twin of the sparse step: every pre-activation, masked."""
+        pre_BF = encode_plain(x_BD, self.W_enc, self.b_enc, self.b_in, self.blocks.readers)
+        with torch.no_grad():
+            keep_BF, inner_BF = self.keep(pre_BF.detach(), dense, now)
+        response = self.respond(pre_BF, _as_is, inner_BF, now)
+        codes_BF = response.codes if keep_BF is None else response.codes * keep_BF
+        rest_BD = self._rest(x_BD)
+        prefixes = y_BD.new_zeros(())
+        if self.prefixes is None or now.inference:
+            y_hat_BD = decode_plain(codes_BF, self.W_dec) + rest_BD
+        else:
+            ends = self.prefixes.ends(self.d_sae, now.seed, now.samples)
+            y_hat_BGD = self.prefixes.decode_plain(codes_BF, self.W_dec, ends) + rest_BD[:, None]
+            prefixes = (y_BD[:, None] - y_hat_BGD[:, :-1]).square().sum()
+            y_hat_BD = y_hat_BGD[:, -1]
+        extras = []
+        for e in response.extras:
+            extra_BF = e.codes if keep_BF is None else e.codes * keep_BF
+            W_dec = self.W_dec.detach() if e.frozen else self.W_dec
+            extras.append(y_BD - decode_plain(extra_BF, W_dec) - _frozen(rest_BD, e))
+        return self._sums(y_BD, y_hat_BD, prefixes, response, extras, (codes_BF > 0).sum(dim=0))
+
+    def _sums(
+        self, y_BD: Tensor, y_hat_BD: Tensor, prefixes: Tensor, response: Response, extras: list[Tensor], fired: Tensor
+    ) -> _Sums:
+        zero = y_BD.new_zeros(())
+        return _Sums(
+            y_hat_BD,
+            losses.squared_error(y_BD, y_hat_BD),
+            prefixes,
+            zero if response.penalty is None else response.penalty,
+            fired,
+            tuple(e.square().sum() for e in extras),
+            tuple(response.measures.get(name, zero).detach() for name in self.measures),
+        )
+
+    def _rest(self, x_BD: Tensor) -> Tensor:
+        """What is added to the decoded latents: b_dec, and the skip's product; [B, d_out] or [1, d_out]."""
+        if self.W_skip is None:
+            return self.b_dec[None]
+        return nn.functional.linear(x_BD - self.b_in, self.W_skip).float() + self.b_dec
+
+    def _extra_weights(self) -> tuple[float, ...]:
+        """Weights of `extra_terms`."""
+        return (1.0,) * len(self.extra_terms)
+
+    # ------------------------------------------------------------------------------------------------ plain forms
+
+    def encode(self, x_BD: Tensor) -> Tensor:
+        """Dense codes [B, F] of scaled inputs: the plain form of what `forward` does sparsely."""
+        return self.activate(encode_plain(x_BD, self.W_enc, self.b_enc, self.b_in, self.blocks.readers))
+
+    def decode(self, codes_BF: Tensor) -> Tensor:
+        """[B, d_out] scaled reconstruction of dense codes (without the skip's part)."""
+        return codes_BF @ self.W_dec + self.b_dec
+
+    def thresholds(self) -> Tensor:
+        """[F] pre-activations above which latents fire."""
+        return torch.zeros_like(self.b_enc)
+
+    def encode_subset(self, x_BD: Tensor, ids_A: Tensor) -> Tensor:
+        """[B, A] pre-activations of some latents (ids ascending), differentiable."""
+        W_enc_AD, b_enc_A = self.W_enc.index_select(0, ids_A), self.b_enc.index_select(0, ids_A)
+        readers = self.blocks.readers
+        if readers == 1:
+            return encode_plain(x_BD, W_enc_AD, b_enc_A, self.b_in)
+        parts, width, per_reader = [], self.W_enc.shape[1], self.d_sae // readers
+        for reader in range(readers):
+            own_A = torch.div(ids_A, per_reader, rounding_mode="floor") == reader
+            columns = slice(reader * width, (reader + 1) * width)
+            parts.append(encode_plain(x_BD[:, columns], W_enc_AD[own_A], b_enc_A[own_A], self.b_in[columns]))
+        return torch.cat(parts, dim=1)
+
+    def decoder_norms(self) -> Tensor:
+        """[F] decoder norms, differentiable; ones where rows are kept at norm 1."""
+        if self.unit_decoder and len(self.blocks.write_widths) == 1:
+            return torch.ones_like(self.b_enc)
+        return self.blocks.decoder_norms(self.W_dec)
+
+    # ------------------------------------------------------------------------------------------------ around a step
+
+    @torch.no_grad()
+    def initialise(self, mean_in: Tensor, mean_out: Tensor, total_variance: float) -> None:
+        """Takes the (scaled) means of inputs and targets and the targets' total variance E||y - mean||^2."""
+        self.b_dec.copy_(mean_out)
+        if not self.blocks.same:
+            self.mean_in.copy_(mean_in)
         self.total_variance = total_variance
 
     @torch.no_grad()
     def project_gradients(self) -> None:
         """Takes the part of W_dec's gradient along each unit row out: it would only be undone by `after_step`."""
         grad_FD = self.W_dec.grad
-        if grad_FD is not None:
-            along_F = torch.linalg.vecdot(grad_FD, self.W_dec, dim=1)
-            grad_FD.addcmul_(along_F[:, None], self.W_dec, value=-1.0)
+        if grad_FD is None:
+            return
+        if self._decoder_mask is not None:
+            grad_FD.mul_(self._decoder_mask)
+        if self.unit_decoder:
+            # bmm makes no [F, D] intermediate, which vecdot does on CPU
+            along_F11 = torch.bmm(grad_FD[:, None, :], self.W_dec[:, :, None])
+            grad_FD.addcmul_(along_F11.view(-1, 1), self.W_dec, value=-1.0)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Restores unit decoder rows after an optimizer step."""
-        self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(1e-12))
+        if self.unit_decoder:
+            self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(1e-12))
 
     @torch.no_grad()
-    def pre_activations(self, x_BD: Tensor) -> Tensor:
-        """[B, F] pre-activations without a graph, in a buffer that the next call overwrites.
+    def close_step(self, terms: dict[str, Tensor], now: Moment) -> None:
+        """Called once per optimizer step with the terms' means over the global batch (on the device), before the
+        controller acts; for architectures with running averages."""
 
-        A fresh [B, F] tensor costs more in page faults on CPU than the selection that reads it.
-        """
-        shape = (x_BD.shape[0], self.d_sae)
-        space = self._workspace
-        if space is None or space.shape != shape or space.dtype != x_BD.dtype or space.device != x_BD.device:
-            space = self._workspace = torch.empty(shape, dtype=x_BD.dtype, device=x_BD.device)
-        return torch.addmm(self.b_enc, x_BD - self.b_dec, self.W_enc.T, out=space)
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups; `lr_scale` multiplies the schedule."""
+        return [{"params": list(self.parameters())}]
 
-    def inference_config(self, strength: float) -> dict[str, int | float | str]:
+    def inference_config(self, strength: float) -> dict[str, Any]:
         """What a loader needs beside the tensors, with the knob at `strength`; JSON values only."""
-        return {"architecture": self.architecture, "d_in": self.d_in, "d_sae": self.d_sae}
+        return {
+            "architecture": self.architecture,
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            "d_out": self.d_out,
+            "blocks": self.blocks.kind,
+            "layers": self.blocks.readers,
+            "skip": self.blocks.skip,
+        }
 
     def inference_tensors(self) -> dict[str, Tensor]:
-        """Tensors under the field's usual names and orientation: W_enc [d_in, d_sae], W_dec [d_sae, d_in]."""
-        return {"W_enc": self.W_enc.detach().T, "b_enc": self.b_enc.detach(),
-                "W_dec": self.W_dec.detach(), "b_dec": self.b_dec.detach()}  # fmt: skip
+        """Tensors of the scaled dictionary by name, in training's orientation ([d_sae, width])."""
+        tensors = {
+            "W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec, "b_in": self.b_in,
+        }  # fmt: skip
+        if self.W_skip is not None:
+            tensors["W_skip"] = self.W_skip
+        return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def default_aux_k(d_in: int, d_sae: int) -> int:
-    """Half the input width (Gao et al. 2024), at most d_sae."""
-    return min(math.ceil(d_in / 2), d_sae)
+def _as_is(values_F: Tensor) -> Tensor:
+    return values_F
+
+
+def _frozen(rest_BD: Tensor, extra: Extra) -> Tensor:
+    return rest_BD.detach() if extra.frozen else rest_BD
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).sum(dim=0)

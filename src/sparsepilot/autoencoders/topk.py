@@ -2,82 +2,117 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Annotated, Any, Unpack
+
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from sparsepilot import losses
-from sparsepilot.autoencoders.base import Autoencoder, Knob, Step, default_aux_k
+from sparsepilot.autoencoders.base import Autoencoder, Common, Dense, Extra, Knob, Moment, Response, Selection
+from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.ops.active import ActiveSet
-from sparsepilot.ops.sparse import decode_at, encode_at
+from sparsepilot.ops.product import EncoderProduct
+from sparsepilot.ops.select import select_topk
+from sparsepilot.ops.topk import TopK as Top
 from sparsepilot.ops.topk import topk_grouped
+
+MULTI = 4
+"""Multi-TopK's second reconstruction has so many times k latents (Gao et al. 2024, section 5.4; sparsify has 4, too)."""
 
 
 class TopK(Autoencoder):
-    """f(x) = TopK(ReLU(W_enc (x - b_dec) + b_enc)),  x_hat = W_dec^T f(x) + b_dec
+    """f(x) = TopK(ReLU(W_enc (x - b_in) + b_enc)),  y_hat = W_dec^T f(x) + b_dec
 
-    loss / V = ||x - x_hat||^2 / V + aux_k_coefficient * ||e - e_hat||^2 / ||e||^2
-
-    with V = E||x - mean||^2 from the cache, e = x - x_hat (detached) and e_hat its reconstruction from the top
-    `aux_k` dead latents, without b_dec. The loss is kept in units of squared input, as everywhere in this project.
+    loss = ||y - y_hat||^2 + multi_topk * ||y - y_hat_4k||^2, and what the revival adds
 
     Args:
-        d_in: input width.
-        d_sae: number of latents.
         k: active latents per row.
-        aux_k: dead latents per row that try to explain the residual; None means d_in / 2.
-        aux_k_coefficient: alpha, 1/32 in the paper; 0 switches AuxK off.
+        multi_topk: weight of a second reconstruction from 4k latents, which keeps the dictionary useful at other k;
+            1/8 in the paper and in sparsify; 0: none.
+        anneal_k_from: k at the start, falling linearly to k; None: no annealing.
+        anneal_k_fraction: share of the budget over which it falls.
     """
 
     architecture = "topk"
-    term_names = ("recon", "aux_k")
 
     def __init__(
         self,
-        d_in: PositiveInt,
+        blocks: Blocks,
         d_sae: PositiveInt,
         k: PositiveInt,
-        aux_k: PositiveInt | None = None,
-        aux_k_coefficient: NonNegativeFloat = 1 / 32,
+        multi_topk: NonNegativeFloat = 0.0,
+        anneal_k_from: PositiveInt | None = None,
+        anneal_k_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(d_in, d_sae)
+        super().__init__(blocks, d_sae, **common)
         self.k = k
-        self.aux_k = aux_k or default_aux_k(d_in, d_sae)
-        self.aux_k_coefficient = aux_k_coefficient
+        self.multi_topk = multi_topk
+        self.anneal_k_from = anneal_k_from
+        self.anneal_k_fraction = anneal_k_fraction
+        self.extra_terms = ("multi_topk",) if multi_topk > 0 else ()
 
     @property
     def knob(self) -> Knob:
         return Knob("k", initial=self.k, low=1, high=self.d_sae)
 
-    def forward(self, x_BD: Tensor, strength: float, dead_ids_A: Tensor, mean_sq_residual: Tensor) -> Step:
-        k = round(strength)
-        selected = topk_grouped(self.pre_activations(x_BD), k)
-        active = ActiveSet(selected.ids_BK, self.d_sae)
-        codes_BK = encode_at(x_BD, self.W_enc, self.b_enc, self.b_dec, selected.values_BK, active).relu()
-        x_hat_BD = decode_at(codes_BK, self.W_dec, active) + self.b_dec
+    def select(self, product: Callable[..., EncoderProduct], now: Moment) -> Selection | Dense:
+        k, wide = self._sizes(now)
+        if wide > self.dense_above * self.d_sae:
+            return Dense()
+        top = _inner_first(select_topk(product(), wide), k)
+        active = ActiveSet.from_topk(top.ids_BK, self.d_sae)
+        inner_P = None
+        if wide > k:
+            inner_P = (torch.arange(wide, device=top.ids_BK.device) < k).repeat(active.num_rows)
+        return Selection(active, top.values_BK.reshape(-1), inner_P)
 
-        recon = losses.reconstruction(x_BD, x_hat_BD)
-        loss, terms = recon, {"recon": recon.detach()}
-        if self.aux_k_coefficient > 0 and dead_ids_A.numel() > 0:
-            aux = losses.aux_k(
-                (x_BD - x_hat_BD).detach(), self._reconstruct_from_dead(x_BD, dead_ids_A), mean_sq_residual
-            )
-            loss = loss + self.aux_k_coefficient * self.total_variance * aux
-            terms["aux_k"] = aux.detach()
-        return Step(loss, terms, x_hat_BD.detach(), codes_BK.detach(), active)
+    def keep(self, pre_BF: Tensor, dense: Dense, now: Moment) -> tuple[Tensor | None, Tensor | None]:
+        k, wide = self._sizes(now)
+        top = _inner_first(topk_grouped(pre_BF, wide), k)
+        nothing = torch.zeros_like(pre_BF, dtype=torch.bool)
+        keep_BF = nothing.scatter(1, top.ids_BK, True)
+        return keep_BF, nothing.scatter(1, top.ids_BK[:, :k], True) if wide > k else None
 
-    def _reconstruct_from_dead(self, x_BD: Tensor, dead_ids_A: Tensor) -> Tensor:
-        """[B, D]: top `aux_k` of the dead latents, decoded without b_dec. Dense over the dead, who are few."""
-        W_enc_AD = self.W_enc.index_select(0, dead_ids_A)
-        pre_BA = (x_BD - self.b_dec) @ W_enc_AD.T + self.b_enc.index_select(0, dead_ids_A)
-        if self.aux_k < dead_ids_A.numel():
-            top = torch.topk(pre_BA, self.aux_k, dim=-1, sorted=False)
-            pre_BA = torch.zeros_like(pre_BA).scatter(1, top.indices, top.values)
-        return pre_BA.relu() @ self.W_dec.index_select(0, dead_ids_A)
+    def respond(self, pre: Tensor, at: Callable[[Tensor], Tensor], inner: Tensor | None, now: Moment) -> Response:
+        codes = pre.relu()
+        if inner is None:
+            extras = (Extra("multi_topk", codes, self.multi_topk, frozen=False),) if self.extra_terms else ()
+            return Response(codes, extras=extras)
+        return Response(codes * inner, extras=(Extra("multi_topk", codes, self.multi_topk, frozen=False),))
 
     def activate(self, pre_BF: Tensor) -> Tensor:
         top = topk_grouped(pre_BF, self.k)
         return torch.zeros_like(pre_BF).scatter(1, top.ids_BK, top.values_BK.relu())
 
-    def inference_config(self, strength: float) -> dict[str, int | float | str]:
+    def inference_config(self, strength: float) -> dict[str, Any]:
         return {**super().inference_config(strength), "k": round(strength)}
+
+    def _extra_weights(self) -> tuple[float, ...]:
+        return (self.multi_topk,) if self.extra_terms else ()
+
+    def _sizes(self, now: Moment) -> tuple[int, int]:
+        """Latents per row in the main reconstruction, and altogether."""
+        k = now.strength
+        if self.anneal_k_from is not None and not now.inference:
+            k = annealed_k(k, self.anneal_k_from, now.samples / (self.anneal_k_fraction * now.total_samples))
+        k = min(self.d_sae, max(1, round(k)))
+        return k, k if not self.extra_terms or now.inference else min(self.d_sae, MULTI * k)
+
+
+def annealed_k(k: float, start: float, progress: float) -> float:
+    """Falls linearly from `start` to `k` while `progress` goes from 0 to 1; `k` where `start` is less.
+
+    >>> annealed_k(32, 512, 0.5), annealed_k(32, 512, 1.5), annealed_k(32, 8, 0.0)
+    (272.0, 32, 32)
+    """
+    return k if progress >= 1 or start <= k else start + (k - start) * progress
+
+
+def _inner_first(top: Top, k: int) -> Top:
+    """The k largest of each row moved to the front."""
+    if top.ids_BK.shape[1] <= k:
+        return top
+    values_BK, order_BK = torch.sort(top.values_BK, dim=1, descending=True, stable=True)
+    return Top(values_BK, top.ids_BK.gather(1, order_BK))

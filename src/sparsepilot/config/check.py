@@ -11,6 +11,7 @@ from sparsepilot.errors import ConfigError
 from sparsepilot.lm import load as lm_load
 from sparsepilot.lm import text as lm_text
 from sparsepilot.reporting.wandb import resolve_mode
+from sparsepilot.wiring import WIRING, wire
 
 BEST_BY = ("val/fvu", "val/loss", "val/mse")
 """Validation metrics of which less is better."""
@@ -24,7 +25,8 @@ def check(cfg: DictConfig) -> None:
     """
     plain = _complete(cfg)
     _check_numbers(plain)
-    check_target("model", plain["model"], given=("d_in",))
+    check_fields("model", {k: v for k, v in plain["model"].items() if k in WIRING}, wire, given=("data",))
+    check_target("model", {k: v for k, v in plain["model"].items() if k not in WIRING}, given=("blocks",))
     check_target("controller", plain["controller"])
     check_target("optimizer", plain["optimizer"], given=("params",))
     check_target("schedule", plain["schedule"], given=("samples", "total_samples"))
@@ -102,6 +104,8 @@ def _check_numbers(plain: dict[str, Any]) -> None:
         )
 
 
+PRECISIONS = ("32-true", "bf16-mixed")
+
 OURS = {
     "max_epochs": "samples",
     "max_steps": "samples",
@@ -138,8 +142,11 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
         if name in trainer:
             raise ConfigError(f"trainer.{name} = {trainer[name]!r}: this project sets that itself; use {instead}")
     check_target("trainer", trainer)
-    if str(trainer.get("precision", "32-true")) not in ("32-true", "32"):
-        raise ConfigError(f"trainer.precision = {trainer['precision']!r}: only 32-true is supported so far")
+    if str(trainer.get("precision", "32-true")) not in PRECISIONS:
+        raise ConfigError(
+            f"trainer.precision = {trainer['precision']!r}: should be one of {', '.join(PRECISIONS)}; parameters, losses "
+            "and the chosen latents' values are fp32 in all of them"
+        )
     devices = trainer.get("devices", 1)
     if (
         not (str(devices) == "1" or (isinstance(devices, list) and len(devices) == 1))
@@ -170,8 +177,9 @@ def _check_relations(plain: dict[str, Any]) -> None:
     streams = plain["data"].get("num_streams", 64)
     if model.get("k") is not None and model.get("d_sae") is not None and model["k"] > model["d_sae"]:
         raise ConfigError(f"model.k = {model['k']}: at most model.d_sae = {model['d_sae']} latents can be active")
-    if model.get("aux_k") is not None and model["aux_k"] > model["d_sae"]:
-        raise ConfigError(f"model.aux_k = {model['aux_k']}: at most model.d_sae = {model['d_sae']}")
+    aux_k = (model.get("revival") or {}).get("aux_k")
+    if aux_k is not None and aux_k > model["d_sae"]:
+        raise ConfigError(f"model.revival.aux_k = {aux_k}: at most model.d_sae = {model['d_sae']}")
     if batch % (streams * accumulate):
         unit = streams * accumulate
         below, above = batch // unit * unit, -(-batch // unit) * unit

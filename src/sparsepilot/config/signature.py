@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, get_type_hints
+from typing import Any, Unpack, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
@@ -40,15 +40,21 @@ def check_fields(group: str, node: Mapping[str, Any], target: Callable[..., Any]
         ConfigError: on the first field that is unknown, missing, of the wrong type or out of range.
     """
     parameters = {name: p for name, p in inspect.signature(target).parameters.items() if name not in ("self", *given)}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     hints = _hints(target)
+    shared = _unpacked(parameters, hints)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and not shared
+    hints |= shared
     for key, value in node.items():
         if key in HYDRA_KEYS:
             continue
-        if key not in parameters:
+        if key not in parameters and key not in shared:
             if takes_any:
                 continue
-            raise ConfigError(f"{group}.{key} = {value!r}: there is no such field; {nearest(key, parameters)}")
+            known = [*(n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD), *shared]
+            raise ConfigError(f"{group}.{key} = {value!r}: there is no such field; {nearest(key, known)}")
+        if isinstance(value, Mapping) and "_target_" in value:
+            check_target(f"{group}.{key}", value)
+            continue
         _check_value(f"{group}.{key}", value, hints.get(key, Any))
     for key, parameter in parameters.items():
         required = parameter.default is parameter.empty and parameter.kind not in (
@@ -57,6 +63,14 @@ def check_fields(group: str, node: Mapping[str, Any], target: Callable[..., Any]
         )
         if required and key not in node and not node.get("_partial_"):
             raise ConfigError(f"{group}.{key}: missing; set {group}.{key}=...")
+
+
+def _unpacked(parameters: Mapping[str, inspect.Parameter], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `**common: Unpack[SomeTypedDict]`, with their types."""
+    for name, parameter in parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD and get_origin(hints.get(name)) is Unpack:
+            return get_type_hints(get_args(hints[name])[0], include_extras=True)
+    return {}
 
 
 def _check_value(name: str, value: Any, hint: Any) -> None:

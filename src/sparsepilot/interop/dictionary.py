@@ -14,54 +14,77 @@ from torch import Tensor, nn
 from sparsepilot.errors import CheckpointError
 from sparsepilot.run_folder import replacing_path, write_json
 
-FORMAT = 1
+FORMAT = 2
 TENSORS = "sae.safetensors"
 CONFIG = "sae.json"
+OWN_TENSORS: dict[str, tuple[str, ...]] = {
+    "topk": (),
+    "batchtopk": ("threshold",),
+    "relu": (),
+    "jumprelu": ("threshold",),
+    "gated": ("r_mag", "b_mag"),
+}
+"""What each architecture has beside W_enc, b_enc, W_dec, b_dec; all of shape [d_sae]."""
 
 
 class Dictionary(nn.Module):
-    """A trained autoencoder for raw activations: everything that training scaled is folded into the biases.
+    """A trained autoencoder, crosscoder or transcoder for raw activations.
 
     Attributes:
-        W_enc: [d_in, d_sae]
+        W_enc: [d_in, d_sae]; of a cross-layer transcoder [d_in of one layer, d_sae]
         b_enc: [d_sae]
-        W_dec: [d_sae, d_in], unit rows
-        b_dec: [d_in]
-        cfg: architecture, d_in, d_sae, k, sites (side by side in x), and what it was trained on.
+        W_dec: [d_sae, d_out], unit rows (TopK over several sites: of mean norm 1)
+        b_dec: [d_out]
+        threshold: [d_sae], of batchtopk and jumprelu
+        r_mag, b_mag: [d_sae], of gated
+        W_skip: [d_out, d_in], of a transcoder with a skip
+        cfg: architecture, blocks, d_in, d_sae, d_out, k, sites and sites_out (side by side in x and in the
+            reconstruction), and what it was trained on.
     """
 
     def __init__(self, cfg: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().__init__()
         self.cfg = cfg
-        self.W_enc = nn.Parameter(tensors["W_enc"])
-        self.b_enc = nn.Parameter(tensors["b_enc"])
-        self.W_dec = nn.Parameter(tensors["W_dec"])
-        self.b_dec = nn.Parameter(tensors["b_dec"])
+        for name, tensor in tensors.items():
+            setattr(self, name, nn.Parameter(tensor))
+        self._subtracts_b_dec = cfg["blocks"] in ("autoencoder", "crosscoder")
 
     def encode(self, x: Tensor) -> Tensor:
         """[..., d_in] raw activations -> [..., d_sae] codes, zero where a latent is not active."""
-        pre = (x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc + self.b_enc
-        values, ids = torch.topk(pre, self.cfg["k"], dim=-1, sorted=False)
-        return torch.zeros_like(pre).scatter(-1, ids, values.relu())
+        x = x.to(self.W_enc.dtype)
+        if self._subtracts_b_dec:
+            x = x - self.b_dec
+        width, d_sae = self.W_enc.shape
+        if x.shape[-1] == width:
+            product = x @ self.W_enc
+        else:  # each part of the latents reads a layer of its own
+            layers = x.unflatten(-1, (-1, width))
+            product = torch.einsum("...ld,dlf->...lf", layers, self.W_enc.view(width, layers.shape[-2], -1)).flatten(-2)
+        pre = product + self.b_enc
+        architecture = self.cfg["architecture"]
+        if architecture == "topk":
+            values, ids = torch.topk(pre, self.cfg["k"], dim=-1, sorted=False)
+            return torch.zeros_like(pre).scatter(-1, ids, values.relu())
+        if architecture in ("jumprelu", "batchtopk"):
+            return pre * (pre > self.threshold)
+        if architecture == "gated":
+            return (pre > 0) * (self.r_mag.exp() * product + self.b_mag).relu()
+        return pre.relu()
 
     def decode(self, codes: Tensor) -> Tensor:
-        """[..., d_sae] codes -> [..., d_in] raw activations."""
+        """[..., d_sae] codes -> [..., d_out] raw activations; a skip's part, which hangs on x, is in `forward`."""
         return codes @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction of x."""
-        return self.decode(self.encode(x))
+        """[..., d_in] -> [..., d_out]: the reconstruction of x, or what a transcoder makes of it."""
+        y = self.decode(self.encode(x))
+        return y if not hasattr(self, "W_skip") else y + x.to(y.dtype) @ self.W_skip.T
 
 
-def save(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], scale: float) -> None:
-    """Writes a dictionary that was trained on inputs multiplied by `scale`, folded for raw ones, all or nothing.
-
-    With x' = s x: pre'/s = (x - b_dec/s) W_enc + b_enc/s and x_hat = (pre'/s)_active W_dec + b_dec/s, so dividing both
-    biases by s is all of it, and decoder rows stay unit vectors.
-    """
-    folded = {name: (t / scale if name in ("b_enc", "b_dec") else t).float().cpu() for name, t in tensors.items()}
+def save(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes a dictionary for raw activations (`interop.fold`), all or nothing."""
     with replacing_path(folder / TENSORS) as temporary:
-        save_file({name: t.contiguous() for name, t in folded.items()}, temporary)
+        save_file(tensors, temporary)
     write_json(folder / CONFIG, {"format": FORMAT, **cfg})
 
 
@@ -81,15 +104,32 @@ def load(path: str | Path) -> Dictionary:
         tensors = load_file(folder / TENSORS)
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{folder}: the saved autoencoder is damaged ({error})") from error
-    if not isinstance(cfg, dict) or cfg.get("format") != FORMAT:
+    if not isinstance(cfg, dict) or cfg.get("format") not in (1, FORMAT):
         found = cfg.get("format") if isinstance(cfg, dict) else cfg
-        raise CheckpointError(f"{folder / CONFIG}: format {found!r} is not known; this version reads format {FORMAT}")
-    if cfg.get("architecture") != "topk":
-        raise CheckpointError(f"{folder / CONFIG}: architecture {cfg.get('architecture')!r} is not known; known: topk")
-    d_in, d_sae = cfg.get("d_in"), cfg.get("d_sae")
-    shapes = {"W_enc": [d_in, d_sae], "b_enc": [d_sae], "W_dec": [d_sae, d_in], "b_dec": [d_in]}
+        raise CheckpointError(f"{folder / CONFIG}: format {found!r} is not known; this version reads 1 and {FORMAT}")
+    if cfg["format"] == 1:  # TopK autoencoders only
+        cfg = {**cfg, "blocks": "autoencoder", "d_out": cfg.get("d_in"), "sites_out": cfg.get("sites")}
+    architecture = cfg.get("architecture")
+    if architecture not in OWN_TENSORS:
+        raise CheckpointError(
+            f"{folder / CONFIG}: architecture {architecture!r} is not known; known: {', '.join(OWN_TENSORS)}"
+        )
+    shapes = _shapes(cfg)
     for name, shape in shapes.items():
         found = list(tensors[name].shape) if name in tensors else None
         if found != shape:
             raise CheckpointError(f"{folder / TENSORS}: {name} has shape {found}, {CONFIG} says {shape}")
+    for name in tensors.keys() - shapes.keys():
+        raise CheckpointError(f"{folder / TENSORS}: holds {name}, which a {architecture} {cfg['blocks']} has not")
     return Dictionary(cfg, tensors)
+
+
+def _shapes(cfg: dict[str, Any]) -> dict[str, list[int]]:
+    """What every tensor of a file must look like."""
+    d_in, d_sae, d_out = cfg.get("d_in"), cfg.get("d_sae"), cfg.get("d_out")
+    width = d_in // cfg.get("layers", 1) if isinstance(d_in, int) else d_in
+    shapes = {"W_enc": [width, d_sae], "b_enc": [d_sae], "W_dec": [d_sae, d_out], "b_dec": [d_out]}
+    shapes |= {name: [d_sae] for name in OWN_TENSORS[cfg["architecture"]]}
+    if cfg.get("skip"):
+        shapes["W_skip"] = [d_out, d_in]
+    return shapes

@@ -22,7 +22,7 @@ class DeadLatents(Metric):
     The state is persistent (it is saved with the run) and merged over ranks by maximum.
 
     >>> metric = DeadLatents(d_sae=3, window_samples=100)
-    >>> metric.update(torch.tensor([[0, 2]]), torch.tensor([[1.0, 0.0]]), samples=150)
+    >>> metric.update(torch.tensor([1, 0, 0]), samples=150)
     >>> metric.compute().tolist()
     2
     """
@@ -37,16 +37,14 @@ class DeadLatents(Metric):
         self.add_state("last_fired_F", torch.zeros(d_sae, dtype=torch.int64), dist_reduce_fx="max", persistent=True)
         self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max", persistent=True)
 
-    def update(self, ids_BK: Tensor, codes_BK: Tensor, samples: int) -> None:
-        """Marks the latents with a code above 0 as fired.
+    def update(self, firings_F: Tensor, samples: int) -> None:
+        """Marks the latents that fired.
 
         Args:
-            ids_BK: [B, K] latent ids.
-            codes_BK: [B, K] their codes; a slot with code 0 did not fire.
+            firings_F: [F] int64, on how many rows of the batch each latent is active.
             samples: the clock after this batch, over all ranks.
         """
-        clock_BK = torch.where(codes_BK > 0, samples, 0).reshape(-1)
-        self.last_fired_F.scatter_reduce_(0, ids_BK.reshape(-1), clock_BK, reduce="amax")
+        self.last_fired_F.masked_fill_(firings_F > 0, samples)
         self.samples.fill_(samples)
 
     def dead_mask(self) -> Tensor:

@@ -14,7 +14,7 @@ class FiringDensity(Metric):
     """Counts firings per latent; gives density per latent and its histogram over log10.
 
     >>> metric = FiringDensity(d_sae=4)
-    >>> metric.update(torch.tensor([[0, 1], [0, 2]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
+    >>> metric.update(torch.tensor([2, 1, 0, 0]), num_rows=2)
     >>> metric.compute().tolist()
     [1.0, 0.5, 0.0, 0.0]
     """
@@ -28,11 +28,10 @@ class FiringDensity(Metric):
         self.add_state("num_fired_F", torch.zeros(d_sae, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("num_rows", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, ids_BK: Tensor, codes_BK: Tensor) -> None:
-        """ids_BK, codes_BK: [B, K] latent ids and their codes; a slot with code 0 did not fire."""
-        fired_BK = (codes_BK > 0).to(torch.int64)
-        self.num_fired_F.scatter_add_(0, ids_BK.reshape(-1), fired_BK.reshape(-1))
-        self.num_rows += codes_BK.shape[0]
+    def update(self, firings_F: Tensor, num_rows: int) -> None:
+        """firings_F: [F] int64, on how many of the `num_rows` rows each latent is active."""
+        self.num_fired_F += firings_F
+        self.num_rows += num_rows
 
     def compute(self) -> Tensor:
         """[F] float64 densities."""

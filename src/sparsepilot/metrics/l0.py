@@ -11,7 +11,7 @@ class L0(Metric):
     """Mean number of non-zero codes per row.
 
     >>> metric = L0()
-    >>> metric.update(torch.tensor([[0.5, 0.0, 2.0], [0.0, 0.0, 1.0]]))
+    >>> metric.update(torch.tensor([1, 0, 2]), num_rows=2)
     >>> float(metric.compute())
     1.5
     """
@@ -25,10 +25,10 @@ class L0(Metric):
         self.add_state("num_active", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("num_rows", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, codes_BK: Tensor) -> None:
-        """codes_BK: [B, K] codes, sparse (K slots a row) or dense (K = d_sae)."""
-        self.num_active += torch.count_nonzero(codes_BK)
-        self.num_rows += codes_BK.shape[0]
+    def update(self, firings_F: Tensor, num_rows: int) -> None:
+        """firings_F: [F] int64, on how many of the `num_rows` rows each latent is active."""
+        self.num_active += firings_F.sum()
+        self.num_rows += num_rows
 
     def compute(self) -> Tensor:
         return self.num_active.double() / self.num_rows

@@ -43,3 +43,13 @@ def topk_grouped(pre_BF: Tensor, k: int, group_size: int = GROUP_SIZE) -> TopK:
     member_BK = torch.div(where_BK, k, rounding_mode="floor")
     ids_BK = member_BK * num_groups + best_groups_BK.gather(1, where_BK % k)
     return TopK(values_BK, ids_BK)
+
+
+def merge_topk(one: TopK, other: TopK, k: int) -> TopK:
+    """The k largest of two sets of candidates of the same rows (fewer, where both together hold fewer). Associative."""
+    values = torch.cat([one.values_BK, other.values_BK], dim=1)
+    ids = torch.cat([one.ids_BK, other.ids_BK], dim=1)
+    if values.shape[1] <= k:
+        return TopK(values, ids)
+    best = torch.topk(values, k, dim=-1, sorted=False)
+    return TopK(best.values, ids.gather(1, best.indices))

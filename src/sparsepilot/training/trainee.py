@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparsepilot.autoencoders.base import Autoencoder, Step
+from sparsepilot.autoencoders.base import Autoencoder, Moment, Step
 from sparsepilot.controllers.base import Controller
 from sparsepilot.metrics.dead import DeadLatents, dead_window_samples
 from sparsepilot.ops.readback import Readback
 from sparsepilot.parallel.collectives import all_reduce_max_, all_reduce_sum_
 
 
-class InputStats(NamedTuple):
-    """What training needs to know of its input, from the cache's training rows (raw units)."""
+class SiteStats(NamedTuple):
+    """What training needs to know of a site, from the cache's training rows (raw units)."""
 
+    name: str
+    columns: slice
+    """where it lies in a batch"""
     mean_D: Tensor
     variance_D: Tensor
     scale: float
-    """Factor that makes E||x||^2 = d_in."""
+    """factor that makes E||x||^2 the site's width"""
+
+
+class Sites(NamedTuple):
+    """What a dictionary reads and what it writes."""
+
+    reads: Sequence[SiteStats]
+    writes: Sequence[SiteStats] | None
+    """None: what it reads"""
 
 
 class Measurement(NamedTuple):
@@ -41,7 +53,12 @@ class Trainee(nn.Module):
     module's state dict: parameters, the last firing of each latent, the pending measurement, the controller's numbers.
     """
 
-    mean_D: Tensor
+    scale_in: Tensor
+    """[d_in]"""
+    scale_out: Tensor
+    """[d_out]"""
+    mean_out: Tensor
+    """[d_out] mean of the targets, in scaled units"""
     mean_sq_residual: Tensor
     sums_S: Tensor
 
@@ -49,20 +66,26 @@ class Trainee(nn.Module):
         self,
         autoencoder: Autoencoder,
         controller: Controller,
-        stats: InputStats,
-        columns: slice,
+        sites: Sites,
         total_samples: int,
+        batch: int,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.autoencoder = autoencoder
         self.controller = controller
-        self.columns = columns
-        self.scale = stats.scale
-        scaled_variance = float(stats.variance_D.double().sum()) * stats.scale**2
-        autoencoder.initialise(stats.mean_D * stats.scale, scaled_variance)
+        self.sites = sites
+        self.total_samples, self.batch, self.seed = total_samples, batch, seed
+        writes = sites.reads if sites.writes is None else sites.writes
+        scaled_variance = sum(float(s.variance_D.double().sum()) * float(s.scale) ** 2 for s in writes)
+        means = [torch.cat([s.mean_D * s.scale for s in side]) for side in (sites.reads, writes)]
+        autoencoder.initialise(*means, scaled_variance)
         controller.bind(*autoencoder.knob, total_samples)
         self.dead = DeadLatents(autoencoder.d_sae, dead_window_samples(total_samples))
-        self.register_buffer("mean_D", stats.mean_D * stats.scale, persistent=False)
+        for name, side in (("scale_in", sites.reads), ("scale_out", writes)):
+            scale_D = torch.cat([torch.full_like(s.mean_D, s.scale) for s in side])
+            self.register_buffer(name, scale_D, persistent=False)
+        self.register_buffer("mean_out", means[1], persistent=False)
         # AuxK's normaliser before the first step: the variance, which is what an empty dictionary leaves
         self.register_buffer("mean_sq_residual", torch.tensor(scaled_variance, dtype=torch.float32))
         # rows, active codes, ||x - mean||^2, loss, then the terms; fp64, so that the order of adding does not show
@@ -81,26 +104,44 @@ class Trainee(nn.Module):
             x_BD: [B, D_all] raw activations of all sites of the run.
             samples: the clock after the present global batch.
         """
-        x_BD = x_BD[:, self.columns].float() * self.scale
-        if self._dead_ids_A is None:
-            self._dead_ids_A = self.dead.dead_mask().nonzero().squeeze(1)
-        step = self.autoencoder(x_BD, self.controller.strength, self._dead_ids_A, self.mean_sq_residual)
-        self._measure(x_BD, step, samples)
+        x_BD, y_BD = self.scaled(x_BD)
+        step = self.autoencoder(x_BD, y_BD, self._now(samples))
+        self._measure(y_BD, step, samples)
         return step.loss  # type: ignore[no-any-return]
 
+    def scaled(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, d_in] inputs and [B, d_out] targets in scaled units, from raw rows with all sites of the run."""
+        x_in_BD = _columns(x_BD, self.sites.reads) * self.scale_in
+        if self.sites.writes is None:
+            return x_in_BD, x_in_BD
+        return x_in_BD, _columns(x_BD, self.sites.writes) * self.scale_out
+
+    def _now(self, samples: int) -> Moment:
+        if self._dead_ids_A is None:
+            self._dead_ids_A = self.dead.dead_mask().nonzero().squeeze(1)
+        return Moment(
+            strength=self.controller.strength,
+            samples=samples,
+            batch=self.batch,
+            total_samples=self.total_samples,
+            dead_ids_A=self._dead_ids_A,
+            mean_sq_residual=self.mean_sq_residual,
+            seed=self.seed,
+        )
+
     @torch.no_grad()
-    def _measure(self, x_BD: Tensor, step: Step, samples: int) -> None:
-        num_rows = x_BD.shape[0]
+    def _measure(self, y_BD: Tensor, step: Step, samples: int) -> None:
+        num_rows = y_BD.shape[0]
         per_row = [step.loss.detach(), *(step.terms.get(name, step.loss.new_zeros(())) for name in self.term_names)]
         self.sums_S += torch.stack(
             [
-                torch.tensor(float(num_rows), dtype=torch.float64, device=x_BD.device),
-                torch.count_nonzero(step.codes_BK).double(),
-                (x_BD - self.mean_D).square().sum(dim=-1).double().sum(),
+                torch.tensor(float(num_rows), dtype=torch.float64, device=y_BD.device),
+                step.firings_F.sum().double(),
+                (y_BD - self.mean_out).square().sum(dim=-1).double().sum(),
                 *(value.double() * num_rows for value in per_row),
             ]
         )
-        self.dead.update(step.active.ids_BK, step.codes_BK, samples)
+        self.dead.update(step.firings_F, samples)
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -139,9 +180,11 @@ class Trainee(nn.Module):
         The controller sees the L0 of the step before this one: its copy to the host has had a whole step to arrive.
         """
         self.autoencoder.after_step()
-        self.controller.update(self._take_l0(), samples)
         num_rows = self.sums_S[0]
-        self.mean_sq_residual.copy_(self.sums_S[4 + self.term_names.index("recon")] / num_rows)
+        means = {name: self.sums_S[4 + i] / num_rows for i, name in enumerate(self.term_names)}
+        self.autoencoder.close_step({name: mean.float() for name, mean in means.items()}, self._now(samples))
+        self.controller.update(self._take_l0(), samples)
+        self.mean_sq_residual.copy_(means["recon"])
         self._pending.begin((self.sums_S[1] / num_rows).reshape(1))
         self._pending_l0 = None
         self._dead_ids_A = None
@@ -155,7 +198,7 @@ class Trainee(nn.Module):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups of this trainee's parameters."""
-        return [{"params": list(self.autoencoder.parameters())}]
+        return self.autoencoder.parameter_groups()
 
     def get_extra_state(self) -> dict[str, Any]:
         """Controller numbers and the measurement that it has not seen yet."""
@@ -165,3 +208,9 @@ class Trainee(nn.Module):
         self.controller.load_state_dict(state["controller"])
         self._pending = Readback()
         self._pending_l0 = state["pending_l0"]
+
+
+def _columns(x_BD: Tensor, sites: Sequence[SiteStats]) -> Tensor:
+    """[B, D] fp32: the columns of some sites side by side."""
+    parts = [x_BD[:, site.columns] for site in sites]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).float()

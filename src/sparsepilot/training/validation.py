@@ -31,7 +31,8 @@ class Validation(nn.Module):
         self._trainee = [trainee]  # in a list, so that its parameters are not registered a second time
         self.rows_per_pass = rows_per_pass
         self.l0 = L0()
-        self.fvu = FVU(trainee.mean_D / trainee.scale)
+        self.fvu = FVU(trainee.mean_out)
+        self.loss = MSE()
         self.mse = MSE()
         self.firing = FiringDensity(d_sae)
         self.recovery = DictionaryRecovery(planted_TD) if planted_TD is not None else None
@@ -40,33 +41,32 @@ class Validation(nn.Module):
     def update(self, x_BD: Tensor) -> None:
         """x_BD: [B, D_all] raw validation activations."""
         trainee = self._trainee[0]
-        x_BD = x_BD[:, trainee.columns].float()
-        step = trainee.autoencoder.evaluate(x_BD * trainee.scale, trainee.controller.strength)
-        x_hat_BD = step.x_hat_BD / trainee.scale
-        self.l0.update(step.codes_BK)
-        self.fvu.update(x_BD, x_hat_BD)
-        self.mse.update(x_BD, x_hat_BD)
-        self.firing.update(step.active.ids_BK, step.codes_BK)
+        x_in_BD, y_BD = trainee.scaled(x_BD)
+        step = trainee.autoencoder.evaluate(x_in_BD, y_BD, trainee.controller.strength)
+        self.l0.update(step.firings_F, len(y_BD))
+        self.fvu.update(y_BD, step.y_hat_BD)
+        self.loss.update(y_BD, step.y_hat_BD)
+        self.mse.update(y_BD / trainee.scale_out, step.y_hat_BD / trainee.scale_out)
+        self.firing.update(step.firings_F, len(y_BD))
 
     @torch.no_grad()
     def finish(self, samples: int) -> Row:
         """The row of this validation, merged over ranks; clears the metrics for the next."""
         trainee = self._trainee[0]
-        mse = float(self.mse.compute())
         density_F = self.firing.compute()
         silent_F = trainee.dead.silent_mask(max(0, samples - self.rows_per_pass)) & (density_F == 0)
         row: Row = {
-            "val/loss": mse * trainee.autoencoder.d_in * trainee.scale**2,
+            "val/loss": float(self.loss.compute()) * trainee.autoencoder.d_out,
             "val/l0": float(self.l0.compute()),
             "val/fvu": float(self.fvu.compute()),
-            "val/mse": mse,
+            "val/mse": float(self.mse.compute()),
             "val/silent_latents": int(silent_F.sum()),
             "val/firing_density_histogram": self.firing.histogram(),
         }
         if self.recovery is not None:
             self.recovery.update(trainee.autoencoder.W_dec)
             row["val/recovery"] = float(self.recovery.compute())
-        for metric in (self.l0, self.fvu, self.mse, self.firing, self.recovery):
+        for metric in (self.l0, self.fvu, self.loss, self.mse, self.firing, self.recovery):
             if metric is not None:
                 metric.reset()
         return row

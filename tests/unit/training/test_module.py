@@ -102,7 +102,7 @@ def test_the_controller_sees_the_step_before_once_per_optimizer_step(train_tiny,
 
 
 def test_dead_latents_follow_the_clock(train_tiny, tmp_path: Path) -> None:
-    train_tiny("model.d_sae=128", "model.k=2", "model.aux_k_coefficient=0", "samples=25600")
+    train_tiny("model.d_sae=128", "model.k=2", "model/revival=none", "samples=25600")
     state = checkpoint_of(tmp_path / "run")["state_dict"]
     last_fired_F, samples = state["trainees.sae.dead.last_fired_F"], state["trainees.sae.dead.samples"]
     assert last_fired_F.dtype == torch.int64

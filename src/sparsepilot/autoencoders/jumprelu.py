@@ -1,0 +1,89 @@
+"""JumpReLU autoencoder (Rajamanoharan et al. 2024, arXiv 2407.14435), in two published recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Unpack
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from sparsepilot.autoencoders.base import Common, Moment, Response
+from sparsepilot.autoencoders.blocks import Blocks
+from sparsepilot.autoencoders.penalised import Penalised
+from sparsepilot.ops.jump import jump, step
+
+
+class JumpReLU(Penalised):
+    """f(x) = pre * H(pre - theta),  pre = W_enc (x - b_in) + b_enc,  theta = exp(log_threshold) > 0
+
+    loss = ||y - y_hat||^2 + coefficient * sum_i penalty_i
+
+        step  H(pre_i - theta_i), i.e. the L0, with a narrow kernel: gradients reach thresholds only
+              (Rajamanoharan et al. 2024; Adam betas (0, 0.999) for the thresholds)
+        tanh  tanh(steepness * f_i ||W_dec[i]||) with a wide kernel whose gradient also reaches pre-activations
+              (Conerly et al., Transformer Circuits, January 2025)
+
+    H's derivative is a rectangle of width `bandwidth` and height 1 / bandwidth around theta, on pre-activations, both
+    sides of the threshold. Thresholds are fp32 and have an optimizer group of their own.
+
+    Args:
+        coefficient: of the penalty; the knob.
+        recipe: which penalty and kernel.
+        threshold: theta at the start; None: 0.001 sqrt(d_in) for step (0.001 where E||x||^2 = 1), 0.1 for tanh.
+        bandwidth: None: 0.001 sqrt(d_in) for step, 2.0 for tanh.
+        threshold_lr_scale: learning rate of the thresholds' logarithm over that of the rest.
+        steepness: of tanh.
+    """
+
+    architecture = "jumprelu"
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        d_sae: PositiveInt,
+        coefficient: NonNegativeFloat,
+        recipe: Literal["step", "tanh"] = "step",
+        threshold: PositiveFloat | None = None,
+        bandwidth: PositiveFloat | None = None,
+        threshold_lr_scale: PositiveFloat = 1.0,
+        steepness: PositiveFloat = 4.0,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(blocks, d_sae, **common)
+        self.coefficient = coefficient
+        self.recipe = recipe
+        self.unit_decoder = recipe == "step"
+        narrow = 1e-3 * blocks.encoder_width**0.5
+        self.bandwidth = bandwidth or (narrow if recipe == "step" else 2.0)
+        self.threshold_lr_scale = threshold_lr_scale
+        self.steepness = steepness
+        start = threshold or (narrow if recipe == "step" else 0.1)
+        self.log_threshold = torch.nn.Parameter(torch.full((d_sae,), start).log())
+
+    def thresholds(self) -> Tensor:
+        return self.log_threshold.exp()
+
+    def bounds(self, now: Moment) -> Tensor:
+        """The lower edge of the kernel; the threshold itself where no gradient is wanted."""
+        thresholds_F = self.thresholds()
+        return thresholds_F if now.inference else thresholds_F - self.bandwidth / 2
+
+    def respond(self, pre: Tensor, at: Callable[[Tensor], Tensor], inner: Tensor | None, now: Moment) -> Response:
+        thresholds = at(self.thresholds())
+        codes = jump(pre, thresholds, self.bandwidth, to_pre=self.recipe == "tanh")
+        if self.recipe == "step":
+            return Response(codes, step(pre, thresholds, self.bandwidth).sum())
+        return Response(codes, torch.tanh(self.steepness * codes * at(self.decoder_norms())).sum())
+
+    def activate(self, pre_BF: Tensor) -> Tensor:
+        return pre_BF * (pre_BF > self.thresholds())
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        rest = [p for p in self.parameters() if p is not self.log_threshold]
+        betas = {"betas": (0.0, 0.999)} if self.recipe == "step" else {}
+        return [{"params": rest}, {"params": [self.log_threshold], "lr_scale": self.threshold_lr_scale, **betas}]
+
+    def inference_tensors(self) -> dict[str, Tensor]:
+        return {**super().inference_tensors(), "threshold": self.thresholds().detach()}

@@ -1,0 +1,86 @@
+"""Matryoshka dictionaries (Bussmann et al. 2025, arXiv 2503.17547): nested prefixes that each reconstruct the input."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+
+from sparsepilot.errors import ConfigError
+from sparsepilot.ops import sparse
+from sparsepilot.ops.active import ActiveSet
+
+
+class Prefixes(ABC):
+    """The loss is sum_g ||y - y_hat_g||^2 where y_hat_g uses the first `ends[g]` latents only; the last is all of them.
+
+    A pair belongs to the segment between two ends. Segments are decoded once each, and prefixes are their running sums.
+    """
+
+    @abstractmethod
+    def ends(self, d_sae: int, seed: int, samples: int) -> list[int]:
+        """Ascending ends of the prefixes, the last one d_sae."""
+
+    def decode_at(self, codes_P: Tensor, W_dec_FD: Tensor, active: ActiveSet, ends: Sequence[int]) -> Tensor:
+        """[B, G, D]: the reconstruction of every prefix, without b_dec."""
+        num_segments = len(ends)
+        ends_G = torch.tensor(ends, device=active.ids_P.device)
+        bag_P = active.rows_P * num_segments + torch.bucketize(active.ids_P, ends_G, right=True)
+        order_P = torch.sort(bag_P, stable=True).indices
+        segments = ActiveSet.from_pairs(
+            bag_P[order_P], active.ids_P[order_P], active.num_rows * num_segments, active.num_latents
+        )
+        parts = sparse.decode_at(codes_P.index_select(0, order_P), W_dec_FD, segments)
+        return parts.view(active.num_rows, num_segments, -1).cumsum(dim=1)
+
+    def decode_plain(self, codes_BF: Tensor, W_dec_FD: Tensor, ends: Sequence[int]) -> Tensor:
+        """The dense twin of `decode_at`."""
+        parts = [sparse.decode_plain(codes_BF[:, a:b], W_dec_FD[a:b]) for a, b in pairwise((0, *ends))]
+        return torch.stack(parts, dim=1).cumsum(dim=1)
+
+
+class FixedPrefixes(Prefixes):
+    """The same prefixes in every step.
+
+    Args:
+        fractions: ascending shares of the dictionary; the whole of it is added where it is not among them.
+
+    >>> FixedPrefixes([1 / 16, 1 / 4]).ends(1024, seed=0, samples=0)
+    [64, 256, 1024]
+    """
+
+    def __init__(self, fractions: Sequence[PositiveFloat]) -> None:
+        self.fractions = [float(f) for f in fractions]
+        if not self.fractions or sorted(set(self.fractions)) != self.fractions or self.fractions[-1] > 1:
+            raise ConfigError(
+                f"model.prefixes.fractions = {list(fractions)}: ascending shares of the dictionary, each above 0 and at "
+                "most 1, are needed"
+            )
+
+    def ends(self, d_sae: int, seed: int, samples: int) -> list[int]:
+        ends = {max(1, round(f * d_sae)) for f in self.fractions} | {d_sae}
+        return sorted(ends)
+
+
+class RandomPrefixes(Prefixes):
+    """`count` prefixes drawn anew in each step, log-uniform between 1 and d_sae as in Nabeshima's matryoshka-saes, seeded
+    by (seed, samples); the whole dictionary is always the last.
+
+    >>> prefixes = RandomPrefixes(3)
+    >>> prefixes.ends(1024, seed=0, samples=512) == prefixes.ends(1024, seed=0, samples=512)
+    True
+    >>> prefixes.ends(1024, seed=0, samples=512)[-1]
+    1024
+    """
+
+    def __init__(self, count: PositiveInt = 5) -> None:
+        self.count = count
+
+    def ends(self, d_sae: int, seed: int, samples: int) -> list[int]:
+        make = torch.Generator().manual_seed((seed * 1_000_003 + samples) % 2**63)
+        drawn = d_sae ** torch.rand(self.count - 1, generator=make, dtype=torch.float64)
+        return sorted({int(n) for n in drawn.round().clamp(1, d_sae)} | {d_sae})

@@ -1,0 +1,156 @@
+"""What is done about dead latents: AuxK, a loss on their pre-activations, resampling, or nothing."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sparsepilot import losses
+from sparsepilot.ops.active import ActiveSet
+from sparsepilot.ops.product import TILE_ELEMENTS, EncoderProduct
+from sparsepilot.ops.select import select_topk
+from sparsepilot.ops.sparse import decode_at, encode_at
+
+if TYPE_CHECKING:
+    from sparsepilot.autoencoders.base import Autoencoder, Moment
+
+
+class Revival:
+    """A loss term on dead latents, or an occasional operation on them. Who is dead is decided elsewhere, in one place
+    (`metrics.dead`)."""
+
+    term_name: str | None = None
+    """of the loss term, if there is one"""
+
+    def weight(self, model: Autoencoder) -> float:
+        """What the term is multiplied with."""
+        return 0.0
+
+    def term(self, model: Autoencoder, x_BD: Tensor, e_BD: Tensor, now: Moment) -> Tensor:
+        """The term's mean over the rows of a micro-batch; `e_BD` is the main reconstruction's residual, detached."""
+        raise NotImplementedError
+
+    def resamples_at(self, samples: int, batch: int, total_samples: int, dead_window: int) -> bool:
+        """Whether dead latents are resampled after the step that ends at `samples`."""
+        return False
+
+
+class NoRevival(Revival):
+    """Dead latents stay dead."""
+
+
+class AuxK(Revival):
+    """coefficient * V * ||e - e_hat||^2 / ||e||^2 (Gao et al. 2024, arXiv 2406.04093, appendix A.2)
+
+    e_hat is the reconstruction of the residual e from each row's top `aux_k` dead latents, decoded without b_dec;
+    V = E||y - mean||^2 keeps the loss in units of squared input, as everywhere in this project.
+
+    Args:
+        aux_k: dead latents per row that try to explain the residual; None means d_out / 2.
+        coefficient: alpha, 1/32 in the paper.
+    """
+
+    term_name = "aux_k"
+
+    def __init__(self, aux_k: PositiveInt | None = None, coefficient: NonNegativeFloat = 1 / 32) -> None:
+        self.aux_k = aux_k
+        self.coefficient = coefficient
+
+    def weight(self, model: Autoencoder) -> float:
+        return self.coefficient * model.total_variance
+
+    def term(self, model: Autoencoder, x_BD: Tensor, e_BD: Tensor, now: Moment) -> Tensor:
+        k = min(self.aux_k or math.ceil(model.d_out / 2), now.dead_ids_A.numel())
+        if k < model.dense_above * now.dead_ids_A.numel() and model.blocks.readers == 1:
+            sq_error = self._sparse(model, x_BD, e_BD, now.dead_ids_A, k)
+        else:
+            sq_error = self._dense(model, x_BD, e_BD, now.dead_ids_A, k)
+        return losses.aux_k(sq_error / len(x_BD), now.mean_sq_residual)
+
+    def _sparse(self, model: Autoencoder, x_BD: Tensor, e_BD: Tensor, ids_A: Tensor, k: int) -> Tensor:
+        W_enc_AD, b_enc_A = model.W_enc.index_select(0, ids_A), model.b_enc.index_select(0, ids_A)
+        with torch.no_grad():
+            product = EncoderProduct(x_BD - model.b_in, W_enc_AD, b_enc_A, model._workspace, model.tile_latents)
+            top = select_topk(product, k)
+        active = ActiveSet.from_topk(top.ids_BK, ids_A.numel())
+        pre_P = encode_at(x_BD, W_enc_AD, b_enc_A, model.b_in, top.values_BK.reshape(-1), active)
+        e_hat_BD = decode_at(pre_P.relu(), model.W_dec.index_select(0, ids_A), active)
+        return losses.squared_error(e_BD, e_hat_BD)
+
+    def _dense(self, model: Autoencoder, x_BD: Tensor, e_BD: Tensor, ids_A: Tensor, k: int) -> Tensor:
+        W_dec_AD = model.W_dec.index_select(0, ids_A)
+
+        def tile(x_BD: Tensor, e_BD: Tensor) -> Tensor:
+            pre_BA = model.encode_subset(x_BD, ids_A)
+            if k < ids_A.numel():
+                top = torch.topk(pre_BA, k, dim=-1, sorted=False)
+                pre_BA = torch.zeros_like(pre_BA).scatter(1, top.indices, top.values)
+            return losses.squared_error(e_BD, (pre_BA.relu() @ W_dec_AD).float())
+
+        return _over_row_tiles(tile, ids_A.numel(), x_BD, e_BD)
+
+
+class PreActivation(Revival):
+    """coefficient * sum over dead latents of ReLU(threshold - pre) * ||W_dec|| (Conerly et al., Transformer Circuits,
+    January 2025): a gradient that lifts them until they fire.
+
+    Args:
+        coefficient: 3e-6 in the source, where the other terms are as large as here.
+    """
+
+    term_name = "pre_activation"
+
+    def __init__(self, coefficient: PositiveFloat = 3e-6) -> None:
+        self.coefficient = coefficient
+
+    def weight(self, model: Autoencoder) -> float:
+        return self.coefficient
+
+    def term(self, model: Autoencoder, x_BD: Tensor, e_BD: Tensor, now: Moment) -> Tensor:
+        ids_A = now.dead_ids_A
+        norms_A = model.decoder_norms().index_select(0, ids_A)
+        thresholds_A = model.thresholds().index_select(0, ids_A)
+
+        def tile(x_BD: Tensor, _: Tensor) -> Tensor:
+            return ((thresholds_A - model.encode_subset(x_BD, ids_A)).relu() * norms_A).sum()
+
+        return _over_row_tiles(tile, ids_A.numel(), x_BD, e_BD) / len(x_BD)
+
+
+class Resample(Revival):
+    """Every so often a dead latent gets a new direction: the residual of a row drawn with probability proportional to
+    its squared loss (Bricken et al., Transformer Circuits, October 2023). See training/resample.py.
+
+    Args:
+        every_samples: the clock's distance from one resampling to the next; None: the window after which a silent latent
+            counts as dead.
+        until: share of the budget after which no latent is resampled any more, so that all have time to settle.
+        encoder_scale: norm of a new encoder row as a share of the mean norm of the living ones.
+    """
+
+    def __init__(
+        self, every_samples: PositiveInt | None = None, until: PositiveFloat = 0.75, encoder_scale: PositiveFloat = 0.2
+    ) -> None:
+        self.every_samples = every_samples
+        self.until = until
+        self.encoder_scale = encoder_scale
+
+    def resamples_at(self, samples: int, batch: int, total_samples: int, dead_window: int) -> bool:
+        every = max(1, self.every_samples or dead_window)
+        return samples <= self.until * total_samples and samples // every > (samples - batch) // every
+
+
+def _over_row_tiles(tile, num_columns: int, x_BD: Tensor, e_BD: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    """Sum of `tile(x, e)` over tiles of rows, each computed again in the backward pass instead of being kept."""
+    budget = TILE_ELEMENTS.get(x_BD.device.type, TILE_ELEMENTS["cpu"])
+    rows = max(64, budget // num_columns)
+    parts = [
+        checkpoint(tile, x, e, use_reentrant=False, preserve_rng_state=False)
+        for x, e in zip(x_BD.split(rows), e_BD.split(rows), strict=True)
+    ]
+    return torch.stack(parts).sum()

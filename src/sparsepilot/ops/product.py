@@ -1,0 +1,115 @@
+"""The one dense product of a training step, tile by tile: nobody ever holds all of [batch, latents].
+
+A tile of pre-activations is written into a buffer that the next tile overwrites. On CPU a fresh [batch, latents] tensor
+costs more in page faults than the selection that reads it; with tiles memory does not grow with batch * latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sparsepilot.ops.sparse import pair_dots, table_rows
+
+TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
+"""Elements of one tile: large enough for the matrix product to run at full speed."""
+SPARE = 16
+"""Candidates beyond k that are computed again in fp32 where the product ran in half precision."""
+
+
+class Workspace:
+    """Buffers that outlive a step."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def get(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor of this shape whose content is whatever it was."""
+        size = 1
+        for n in shape:
+            size *= n
+        held = self._buffers.get(name)
+        if held is None or held.numel() < size or held.dtype != dtype or held.device != like.device:
+            held = self._buffers[name] = torch.empty(size, dtype=dtype, device=like.device)
+        return held[:size].view(shape)
+
+
+class EncoderProduct:
+    """(x - b_in) @ W_enc.T + bias in tiles of rows and latents.
+
+    Args:
+        xc_BD: [B, D] inputs, b_in subtracted.
+        W_enc_FD: [F, D / readers].
+        bias_F: [F].
+        tile_latents: at most so many latents in a tile; None: all of them.
+        half: bfloat16 or float16 runs the product in it, with fp32 accumulation, the bias as two more columns (high and
+            low part), results rounded to it; `exact` then gives fp32 values where they are wanted. None: fp32.
+        readers: sites that the latents read from, see ops/sparse.py.
+    """
+
+    def __init__(
+        self,
+        xc_BD: Tensor,
+        W_enc_FD: Tensor,
+        bias_F: Tensor,
+        workspace: Workspace,
+        tile_latents: int | None = None,
+        half: torch.dtype | None = None,
+        readers: int = 1,
+    ) -> None:
+        self.num_rows, self.num_latents = xc_BD.shape[0], W_enc_FD.shape[0]
+        self.xc_BD, self.W_enc_FD, self.bias_F = xc_BD.contiguous(), W_enc_FD, bias_F
+        self.half, self.readers = half, readers
+        self._workspace = workspace
+        per_reader = self.num_latents // readers
+        width = min(tile_latents or per_reader, per_reader)
+        self.latent_tiles = [
+            slice(start, min(start + width, reader * per_reader + per_reader))
+            for reader in range(readers)
+            for start in range(reader * per_reader, (reader + 1) * per_reader, width)
+        ]
+        budget = TILE_ELEMENTS.get(xc_BD.device.type, TILE_ELEMENTS["cpu"])
+        self.tile_rows = max(1, min(self.num_rows, max(64, budget // width)))
+        if half is not None:
+            self._left, self._right = self._operands(half)
+
+    def row_tiles(self) -> Iterator[slice]:
+        """Slices that cover the rows, in order."""
+        for start in range(0, self.num_rows, self.tile_rows):
+            yield slice(start, min(start + self.tile_rows, self.num_rows))
+
+    def tile(self, rows: slice, latents: slice) -> Tensor:
+        """[rows, latents] pre-activations, valid until the next call."""
+        shape = (rows.stop - rows.start, latents.stop - latents.start)
+        out = self._workspace.get("tile", shape, self.xc_BD, self.half or self.xc_BD.dtype)
+        reader = latents.start // (self.num_latents // self.readers)
+        if self.half is not None:
+            return torch.mm(self._left[reader][rows], self._right[latents].T, out=out)
+        width = self.W_enc_FD.shape[1]
+        columns = slice(reader * width, (reader + 1) * width)
+        return torch.addmm(self.bias_F[latents], self.xc_BD[rows, columns], self.W_enc_FD[latents].T, out=out)
+
+    def exact(self, rows_P: Tensor, ids_P: Tensor, offsets_B: Tensor) -> Tensor:
+        """[P] values in fp32, computed pair by pair."""
+        table_TD = self.xc_BD.view(-1, self.W_enc_FD.shape[1])
+        rows_P = table_rows(rows_P, ids_P, self.num_latents, self.readers)
+        return pair_dots(table_TD, rows_P, self.W_enc_FD, ids_P, offsets_B) + self.bias_F[ids_P]
+
+    def _operands(self, half: torch.dtype) -> tuple[list[Tensor], Tensor]:
+        width = self.W_enc_FD.shape[1]
+        padded = -(-(width + 2) // 32) * 32  # whole vector registers
+        lefts = []
+        for reader in range(self.readers):
+            left = self._workspace.get(f"left{reader}", (self.num_rows, padded), self.xc_BD, half)
+            left[:, :width] = self.xc_BD[:, reader * width : (reader + 1) * width]
+            left[:, width : width + 2] = 1
+            left[:, width + 2 :] = 0
+            lefts.append(left)
+        right = self._workspace.get("right", (self.num_latents, padded), self.W_enc_FD, half)
+        right[:, :width] = self.W_enc_FD
+        right[:, width] = self.bias_F
+        right[:, width + 1] = self.bias_F - right[:, width]
+        right[:, width + 2 :] = 0
+        return lefts, right

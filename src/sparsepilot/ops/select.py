@@ -1,0 +1,162 @@
+"""Which latents are active, found tile by tile: local candidates, merged.
+
+Three selections cover every architecture: the k largest of each row, everything above a bound, and the n largest of a
+batch (over all ranks). Each walks the tiles of an `EncoderProduct`, so none sees more than a tile at once. Where the
+product ran in half precision, candidates are computed again in fp32 and the final choice is made among those.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsepilot.ops.product import SPARE, EncoderProduct
+from sparsepilot.ops.topk import GROUP_SIZE, TopK, merge_topk, topk_grouped
+from sparsepilot.parallel.collectives import all_gather_concat, all_reduce_sum_, num_ranks
+
+HALF_SLACK = 2.0**-5
+"""Half-precision products are wrong by less than this share of |x| |w| / sqrt(D) + |value|; checked by a test."""
+SAMPLE_ROWS = 64
+
+
+class Pairs(NamedTuple):
+    """(row, latent) pairs, rows ascending, with their pre-activations."""
+
+    rows_P: Tensor
+    ids_P: Tensor
+    values_P: Tensor
+
+
+def select_topk(product: EncoderProduct, k: int) -> TopK:
+    """The k largest of each row, in no particular order within the row."""
+    found = [_topk_of_rows(product, rows, k) for rows in product.row_tiles()]
+    top = TopK(torch.cat([f.values_BK for f in found]), torch.cat([f.ids_BK for f in found]))
+    if product.half is None:
+        return top
+    num_rows, wide = top.ids_BK.shape
+    offsets_B = torch.arange(0, num_rows * wide, wide, device=top.ids_BK.device)
+    rows_P = torch.arange(num_rows, device=top.ids_BK.device).repeat_interleave(wide)
+    exact_BK = product.exact(rows_P, top.ids_BK.reshape(-1), offsets_B).view(num_rows, wide)
+    if wide == k:
+        return TopK(exact_BK, top.ids_BK)
+    best = torch.topk(exact_BK, k, dim=-1, sorted=False)
+    return TopK(best.values, top.ids_BK.gather(1, best.indices))
+
+
+def _topk_of_rows(product: EncoderProduct, rows: slice, k: int) -> TopK:
+    wanted = k if product.half is None else min(k + SPARE, product.num_latents)
+    merged: TopK | None = None
+    for latents in product.latent_tiles:
+        pre = product.tile(rows, latents)
+        local = topk_grouped(pre, min(wanted, pre.shape[1]))
+        local = TopK(local.values_BK, local.ids_BK + latents.start if latents.start else local.ids_BK)
+        merged = local if merged is None else merge_topk(merged, local, wanted)
+    assert merged is not None
+    return merged
+
+
+def select_above(product: EncoderProduct, bound: float | Tensor) -> Pairs:
+    """Every pair whose value is above `bound` (a number, or a scalar tensor)."""
+    # a half-precision value may lie on the wrong side: look further, then decide on exact values
+    lower = bound if product.half is None else bound - _slack(product, bound)
+    found = [_above(product, rows, latents, lower) for rows in product.row_tiles() for latents in product.latent_tiles]
+    pairs = Pairs(*(torch.cat(part) for part in zip(*found, strict=True)))
+    if len(product.latent_tiles) > 1:  # tiles of one row lie apart
+        order_P = torch.sort(pairs.rows_P, stable=True).indices
+        pairs = Pairs(*(part[order_P] for part in pairs))
+    if product.half is None:
+        return pairs
+    return _exactly_above(product, pairs, bound)
+
+
+def _exactly_above(product: EncoderProduct, pairs: Pairs, bound: float | Tensor) -> Pairs:
+    counts_B = torch.bincount(pairs.rows_P, minlength=product.num_rows)
+    values_P = product.exact(pairs.rows_P, pairs.ids_P, torch.cumsum(counts_B, 0) - counts_B)
+    keep_P = (values_P > bound).nonzero().squeeze(1)
+    return Pairs(pairs.rows_P[keep_P], pairs.ids_P[keep_P], values_P[keep_P])
+
+
+def _slack(product: EncoderProduct, bound: float | Tensor) -> Tensor:
+    scale = product.xc_BD.square().sum(dim=1).amax().sqrt() * product.W_enc_FD.square().sum(dim=1).amax().sqrt()
+    return HALF_SLACK * (scale / product.W_enc_FD.shape[1] ** 0.5 + abs(bound))
+
+
+def _above(product: EncoderProduct, rows: slice, latents: slice, bound: float | Tensor) -> Pairs:
+    """Most groups of 16 columns hold nothing above the bound: their maximum says so without looking at each entry."""
+    pre = product.tile(rows, latents)
+    num_rows, width = pre.shape
+    if width % GROUP_SIZE:
+        rows_P, ids_P = (pre > bound).nonzero(as_tuple=True)
+    else:
+        num_groups = width // GROUP_SIZE
+        groups_BsG = pre.view(num_rows, GROUP_SIZE, num_groups)
+        rows_Q, groups_Q = (groups_BsG.amax(dim=1) > bound).nonzero(as_tuple=True)
+        members_s = torch.arange(0, width, num_groups, device=pre.device)
+        flat_Qs = (rows_Q * width + groups_Q)[:, None] + members_s
+        hit_P = (pre.view(-1)[flat_Qs] > bound).view(-1).nonzero().squeeze(1)
+        flat_P = flat_Qs.view(-1)[hit_P]
+        rows_P = torch.div(flat_P, width, rounding_mode="floor")
+        ids_P = flat_P - rows_P * width
+    return Pairs(rows_P + rows.start, ids_P + latents.start, pre[rows_P, ids_P].float())
+
+
+def density_above(product: EncoderProduct, bound: float | Tensor) -> float:
+    """The share of pairs above `bound` among the first rows: what decides between the sparse and the dense path."""
+    rows = slice(0, min(product.num_rows, SAMPLE_ROWS))
+    above = sum(int((product.tile(rows, latents) > bound).sum()) for latents in product.latent_tiles)
+    return above / (rows.stop * product.num_latents)
+
+
+class BatchTop(NamedTuple):
+    """The n largest positive pre-activations of a batch."""
+
+    pairs: Pairs
+    smallest: Tensor
+    """scalar: the smallest of them; 0 where fewer than n are positive"""
+
+
+def select_batch_topk(product: EncoderProduct, per_row: float) -> BatchTop:
+    """The `per_row` * rows largest pre-activations over the batch of all ranks, of the positive ones; ties all stay.
+
+    Exact: a bound from a sample of rows leaves a few more candidates than wanted, the largest of which are taken; where
+    the sample misled (too few candidates), the bound is lowered.
+    """
+    rows = torch.tensor(product.num_rows, dtype=torch.int64, device=product.xc_BD.device)
+    wanted = max(1, round(per_row * int(all_reduce_sum_(rows))))
+    bound = _sampled_bound(product, per_row)
+    while True:
+        pairs = select_above(product, bound)
+        count = torch.tensor(pairs.values_P.numel(), dtype=torch.int64, device=product.xc_BD.device)
+        if int(all_reduce_sum_(count)) >= wanted or bound == 0.0:
+            break
+        bound = bound / 2 if bound > 1e-3 else 0.0
+    smallest = _nth_largest(pairs.values_P, wanted)
+    keep_P = (pairs.values_P >= smallest).nonzero().squeeze(1)
+    if keep_P.numel() < pairs.values_P.numel():
+        pairs = Pairs(*(part[keep_P] for part in pairs))
+    return BatchTop(pairs, smallest)
+
+
+def _sampled_bound(product: EncoderProduct, per_row: float) -> float:
+    """A bound that about a tenth more than `per_row` entries a row exceed, judged by every so-manieth row."""
+    step = max(1, product.num_rows // SAMPLE_ROWS)
+    sample = EncoderProduct(
+        product.xc_BD[::step], product.W_enc_FD, product.bias_F, product._workspace, half=product.half,
+        readers=product.readers,
+    )  # fmt: skip
+    found = min(sample.num_rows * sample.num_latents, round(1.1 * per_row * sample.num_rows) + 8)
+    per_row_most = min(sample.num_latents, max(1, round(8 * per_row)))
+    best = select_topk(sample, per_row_most).values_BK.flatten()
+    bound = float(torch.topk(best, min(found, best.numel()), sorted=False).values.min())
+    return max(0.0, bound)
+
+
+def _nth_largest(values_P: Tensor, n: int) -> Tensor:
+    """The n-th largest over all ranks, 0 where there are fewer."""
+    if num_ranks() > 1:
+        values_P = all_gather_concat(torch.topk(values_P, min(n, values_P.numel()), sorted=False).values)
+    if values_P.numel() < n:
+        return values_P.new_zeros(())
+    return torch.topk(values_P, n, sorted=False).values.amin()
