@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from peers.common import write_json
-from peers.worker import machine, quartiles
+from peers.worker import quartiles
 from stepping import Settings, build_step_cache
 
 HERE = Path(__file__).resolve().parent
@@ -188,7 +188,8 @@ def paired_ratio(theirs: list[float], ours: list[float]) -> float:
 
 def candidate_result(worker: Worker, ours: list[Worker], batch: int) -> dict[str, Any]:
     """All that is known of one candidate."""
-    result: dict[str, Any] = {"candidate": worker.name, "versions": worker.hello.get("versions")}
+    about = {name: worker.hello.get(name) for name in ("versions", "machine")}
+    result: dict[str, Any] = {"candidate": worker.name, **about}
     if worker.error is not None or not worker.seconds:
         return {**result, "error": worker.error or "no timed step"}
     q1, median, q3 = quartiles(worker.seconds)
@@ -276,7 +277,7 @@ def main() -> None:
         raise SystemExit(f"the candidates did not see the same rows: checksums {sorted(sums)}")
     if args.json:
         about = {"settings": settings.to_json(), "rounds": args.rounds, "warmup": args.warmup, "hugetlb": args.hugetlb}
-        write_json(args.json, {**about, **turns, "machine": machine(), "results": results})
+        write_json(args.json, {**about, **turns, "results": results})
     print(table(results, [own.name for own in ours if own.error is None]))
     say(f"waiting candidates used {turns['idle_cpu_share']:.2%} of a processor while another worked")
 

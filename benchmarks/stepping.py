@@ -26,7 +26,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from peers.activations import activations, checksum
-from peers.worker import Channel
+from peers.worker import Channel, machine
 from rich.console import Console
 
 from sparsepilot.callbacks.run_log import RunLog
@@ -243,7 +243,7 @@ def work(settings: Settings) -> None:
                 raise
             channel.answer(error=line)  # a candidate that this version cannot build is a result
             return
-        channel.answer(ready=True, checksum=run.checksum(), versions=environment())
+        channel.answer(ready=True, checksum=run.checksum(), versions=environment(), machine=machine())
         run.fit(between, wait)
 
 

@@ -36,7 +36,7 @@ os.environ.update(WANDB_MODE="disabled", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLIN
 import torch
 from activations import activations, checksum
 from torch import Tensor
-from worker import Channel
+from worker import Channel, machine
 
 TrainStep = Callable[[Tensor, int], Any]
 """(batch, step number) -> loss"""
@@ -95,7 +95,7 @@ def sae_lens(arch: str, spec: dict[str, Any], options: set[str]) -> TrainStep:
 def dictionary_learning(arch: str, spec: dict[str, Any], options: set[str]) -> TrainStep:
     from dictionary_learning.trainers import batch_top_k, gdm, jumprelu, matryoshka_batch_top_k, standard, top_k
 
-    steps, k = spec.get("steps", STEPS), spec["k"]
+    k = spec["k"]
     # its matryoshka takes the shares of the rings between one nested dictionary and the next
     rings = [wide - narrow for narrow, wide in itertools.pairwise((0.0, *NESTED))]
     trainer_class, given = {
@@ -107,7 +107,7 @@ def dictionary_learning(arch: str, spec: dict[str, Any], options: set[str]) -> T
         "gated": (gdm.GatedSAETrainer, {}),
     }[arch]
     trainer = trainer_class(
-        steps=steps,
+        steps=STEPS,
         activation_dim=spec["d_in"],
         dict_size=spec["d_sae"],
         layer=0,
@@ -205,7 +205,8 @@ def work(spec: dict[str, Any]) -> None:
     first = checksum(x_BD[: spec["batch"]])
     batches = x_BD.float().split(spec["batch"])
     del x_BD
-    channel.answer(ready=True, checksum=first, versions={"torch": torch.__version__, package: version(package)})
+    versions = {"torch": torch.__version__, package: version(package)}
+    channel.answer(ready=True, checksum=first, versions=versions, machine=machine())
     precision = bf16_products if "bf16mm" in options else contextlib.nullcontext
     for number in itertools.count():
         if not channel.told_to_go():
