@@ -8,7 +8,8 @@
 How the peers' environment is made, and what a candidate's name means, stands in `benchmarks/peers/steps.py`. Every
 candidate is a process of its own that takes one step when it is told so; only one works at a time, in rounds: first
 candidate, second, ..., first again. Between two steps there is a pause, in which OpenMP's threads stop spinning;
-`idle_cpu_share` in the JSON says how much processor time the waiting ones took while another worked.
+`idle_cpu_share` in the JSON says how many processors the waiting ones had while another worked, `working_cpus` how many
+that one had: well below `--threads`, other programs were in the way.
 
 Ours is the path of a run: Lightning's loop, the loader, the callbacks (`stepping.py`), from the word `go` to the end
 of the step's last callback. Its loader reads ahead while others work, as it does while a step computes. The peers'
@@ -163,7 +164,7 @@ def start(args: argparse.Namespace, settings: Settings) -> list[Worker]:
 
 def take_turns(workers: list[Worker], rounds: int, warmup: int, pause_s: float) -> dict[str, Any]:
     """Steps all in rounds; what the waiting ones used meanwhile, and the load."""
-    idle_cpu_s = working_s = 0.0
+    idle_cpu_s = own_cpu_s = working_s = 0.0
     loads = []
     for number in range(-warmup, rounds):
         for worker in workers:
@@ -171,14 +172,17 @@ def take_turns(workers: list[Worker], rounds: int, warmup: int, pause_s: float) 
                 continue
             time.sleep(pause_s)
             waiting = [other for other in workers if other is not worker and other.error is None]
-            before_s, began_s = sum(other.cpu_s() for other in waiting), time.perf_counter()
+            own_s, others_s = worker.cpu_s(), sum(other.cpu_s() for other in waiting)
+            began_s = time.perf_counter()
             worker.step(timed=number >= 0)
-            if number >= 0:
-                idle_cpu_s += sum(other.cpu_s() for other in waiting) - before_s
+            if number >= 0 and worker.error is None:
                 working_s += time.perf_counter() - began_s
+                own_cpu_s += worker.cpu_s() - own_s
+                idle_cpu_s += sum(other.cpu_s() for other in waiting) - others_s
         loads.append(os.getloadavg()[0])
         say(f"{'round' if number >= 0 else 'warm-up'} {number + 1 if number >= 0 else number + warmup + 1}")
-    return {"idle_cpu_share": idle_cpu_s / max(working_s, 1e-9), "loadavg_1min": loads}
+    working_s = max(working_s, 1e-9)
+    return {"idle_cpu_share": idle_cpu_s / working_s, "working_cpus": own_cpu_s / working_s, "loadavg_1min": loads}
 
 
 def paired_ratio(theirs: list[float], ours: list[float]) -> float:
@@ -279,7 +283,10 @@ def main() -> None:
         about = {"settings": settings.to_json(), "rounds": args.rounds, "warmup": args.warmup, "hugetlb": args.hugetlb}
         write_json(args.json, {**about, **turns, "results": results})
     print(table(results, [own.name for own in ours if own.error is None]))
-    say(f"waiting candidates used {turns['idle_cpu_share']:.2%} of a processor while another worked")
+    say(
+        f"the candidate at work had {turns['working_cpus']:.2f} processors on average, "
+        f"those that waited {turns['idle_cpu_share']:.3f}"
+    )
 
 
 if __name__ == "__main__":
