@@ -36,11 +36,11 @@ from sparsepilot.controllers.base import Controller
 from sparsepilot.data.datamodule import ActivationData
 from sparsepilot.interop import dictionary
 from sparsepilot.interop.fold import fold
+from sparsepilot.process_memory import keep_freed_memory
 from sparsepilot.reporting.environment import environment
 from sparsepilot.reporting.summary import print_end, print_sizes
 from sparsepilot.reporting.wandb import WandbCopy
 from sparsepilot.rows import read_rows
-from sparsepilot.process_memory import keep_freed_memory
 from sparsepilot.run_folder import RunFolder, write_json
 from sparsepilot.training.module import TrainingModule
 from sparsepilot.training.trainee import Trainee

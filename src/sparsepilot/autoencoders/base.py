@@ -161,6 +161,7 @@ class Autoencoder(nn.Module, ABC):
     measures: tuple[str, ...] = ()
     """Names of `Response.measures`, and of what `select` measures."""
     mean_in: Tensor
+    _decoder_mask: Tensor | None
 
     def __init__(
         self,
@@ -339,9 +340,11 @@ class Autoencoder(nn.Module, ABC):
         """The same sums over tiles of rows; each tile is computed again in the backward pass instead of being kept."""
         tile_rows = EncoderProduct(x_BD, self.W_enc, self.b_enc, self._workspace, self.tile_latents).tile_rows
         tiles: list[_Sums] = []
-        for x, y in zip(x_BD.split(tile_rows), y_BD.split(tile_rows), strict=True):
+        for x, y in zip(torch.split(x_BD, tile_rows), torch.split(y_BD, tile_rows), strict=True):
             if torch.is_grad_enabled():
-                tiles.append(checkpoint(self.dense_tile, x, y, dense, now, use_reentrant=False, preserve_rng_state=False))
+                tiles.append(
+                    checkpoint(self.dense_tile, x, y, dense, now, use_reentrant=False, preserve_rng_state=False)
+                )
             else:
                 tiles.append(self.dense_tile(x, y, dense, now))
         if len(tiles) == 1:
@@ -430,6 +433,17 @@ class Autoencoder(nn.Module, ABC):
             columns = slice(reader * width, (reader + 1) * width)
             parts.append(encode_plain(x_BD[:, columns], W_enc_AD[own_A], b_enc_A[own_A], self.b_in[columns]))
         return torch.cat(parts, dim=1)
+
+    def encoder_part(self, x_AD: Tensor, ids_A: Tensor) -> Tensor:
+        """[A, encoder width]: of one input row per latent, the part that the latent reads."""
+        if self.blocks.readers == 1:
+            return x_AD
+        reader_A = torch.div(ids_A, self.d_sae // self.blocks.readers, rounding_mode="floor")
+        return x_AD.view(len(x_AD), self.blocks.readers, -1)[torch.arange(len(x_AD), device=x_AD.device), reader_A]
+
+    def decoder_part(self, y_AD: Tensor, ids_A: Tensor) -> Tensor:
+        """[A, d_out]: of one target row per latent, the columns that the latent may write."""
+        return y_AD if self._decoder_mask is None else y_AD * self._decoder_mask[ids_A]
 
     def decoder_norms(self) -> Tensor:
         """[F] decoder norms, differentiable; ones where rows are kept at norm 1."""

@@ -80,7 +80,8 @@ def _exactly_above(product: EncoderProduct, pairs: Pairs, bound: float | Tensor)
 
 def _slack(product: EncoderProduct, bound: float | Tensor) -> Tensor:
     scale = product.xc_BD.square().sum(dim=1).amax().sqrt() * product.W_enc_FD.square().sum(dim=1).amax().sqrt()
-    return HALF_SLACK * (scale / product.W_enc_FD.shape[1] ** 0.5 + abs(bound))
+    slack: Tensor = HALF_SLACK * (scale / product.W_enc_FD.shape[1] ** 0.5 + abs(bound))
+    return slack
 
 
 def _above(product: EncoderProduct, rows: slice, latents: slice, bound: float | Tensor) -> Pairs:
