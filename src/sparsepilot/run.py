@@ -177,6 +177,8 @@ def build_module(cfg: DictConfig, data: ActivationData) -> TrainingModule:
     wired = wire(data, **{name: model.pop(name) for name in WIRING if name in model})
     # a partial: Hydra would turn a dataclass among the arguments into a configuration node
     autoencoder: Autoencoder = instantiate({**model, "_partial_": True})(blocks=wired.blocks)
+    if cfg.compile:
+        autoencoder.compile()
     controller: Controller = instantiate(cfg.controller)
     trainee = Trainee(autoencoder, controller, wired.sites, total_samples, cfg.batch, cfg.seed)
     validation = Validation(trainee, data.cache.num_train_rows, data.cache.planted_features())

@@ -15,6 +15,7 @@ from sparsepilot import losses
 from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.autoencoders.prefixes import Prefixes
 from sparsepilot.autoencoders.revival import NoRevival, Revival
+from sparsepilot.errors import ConfigError
 from sparsepilot.ops.active import ActiveSet
 from sparsepilot.ops.product import EncoderProduct, Workspace
 from sparsepilot.ops.sparse import at_pairs, decode_at, decode_plain, encode_at, encode_plain
@@ -173,6 +174,10 @@ class Autoencoder(nn.Module, ABC):
         dense_above: float = DENSE_ABOVE,
     ) -> None:
         super().__init__()
+        if d_sae % blocks.readers:
+            raise ConfigError(
+                f"model.d_sae = {d_sae}: must be a multiple of {blocks.readers}, the layers that share the latents"
+            )
         self.blocks, self.d_in, self.d_out, self.d_sae = blocks, blocks.d_in, blocks.d_out, d_sae
         self.revival = revival or NoRevival()
         self.prefixes = prefixes
@@ -406,6 +411,11 @@ class Autoencoder(nn.Module, ABC):
     def _extra_weights(self) -> tuple[float, ...]:
         """Weights of `extra_terms`."""
         return (1.0,) * len(self.extra_terms)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """`torch.compile` for the dense path, where it fuses the elementwise work between two products. The sparse path
+        has nothing to fuse and is left alone. Names in the state dict stay what they are."""
+        self.dense_tile = torch.compile(self.dense_tile, *args, **options)  # type: ignore[method-assign]
 
     # ------------------------------------------------------------------------------------------------ plain forms
 
