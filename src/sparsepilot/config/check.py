@@ -64,6 +64,11 @@ def _check_data(plain: dict[str, Any]) -> None:
     build = data.pop("build", None)
     check_target("data", data, given=("batch", "accumulate", "total_samples", "seed"))
     if build is not None:
+        if isinstance(data["path"], dict):
+            raise ConfigError(
+                f"data.path = {data['path']}: data.build makes one cache; make each by itself with "
+                "scripts/cache_activations.py, then read them together with data=cache"
+            )
         from_lm = build["_target_"].endswith("build_from_lm")
         given = (
             ("path", "sites", "lm", "text", "seed", "rank", "world", "console")
