@@ -13,12 +13,13 @@ measures all on raw validation activations (`benchmarks/peers/common.py`), with 
 Every tool is trained at the same learning rates with the first seed; while its best stands at the edge of what was
 tried, one more step outwards is tried, at most `--outwards` of them. The best one is repeated with the other seeds.
 
-Equal L0 is `--l0`. Each architecture has a knob (KNOBS): k, a target, or the coefficient of its penalty. At each
-learning rate a search moves the knob, at most `--knobs` trainings, until two of them bracket the L0, not further than a
-factor of 1.5 apart, or one hits it (within 1%; 3% for k). FVU at the L0 is linear between the nearest on either side,
-log FVU over log L0; so is the knob. The other seeds are trained once, at that knob, and their FVU is moved to the L0
-along the first seed's line. Where nothing brackets the L0 but two trainings exist, their line goes on for at most 20%
-in L0; else the value is that of the nearest training and marked.
+Equal L0 is `--l0`. Each architecture has a knob (KNOBS): k, a target, or the coefficient of its penalty. At the first
+learning rate a search moves the knob, at most `--knobs` trainings, until two of them bracket the L0, not further than
+a factor of 1.5 apart, or one hits it (within 1%; 3% for k). FVU at the L0 is linear between the nearest on either side,
+log FVU over log L0; so is the knob. At the next rates the search begins at that knob, and one training within 10% of
+the L0 is enough, moved along the near rate's line; the best rate's search is then finished as the first one's. The
+other seeds are trained once, at the knob found, and moved along the first seed's line. Where nothing brackets the L0
+but two trainings exist, their line goes on for at most 20% in L0; else the value is the nearest one's and marked.
 
 Each training is one JSON file under `--scratch`; what is there is not run again, so an interrupted campaign goes on.
 Trainings of several campaigns with one `--scratch` take turns. While the file `--hold` exists none begins.
@@ -62,6 +63,7 @@ PHASES = (("batchtopk", "topk", "jumprelu", "relu"), ("matryoshka", "gated"))  #
 BRACKET = 1.5  # two L0 with the wanted one between them, no further apart than this
 CLOSE = 0.01  # an L0 that counts as the wanted one
 REACH = 1.2  # how far a line may be followed beyond what was measured
+NEAR = 1.1  # how far the line of another learning rate may be followed
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ class Knob:
     rises: bool  # whether L0 rises with it
     hit: float = CLOSE  # relative error of L0 that ends the search
     whole: bool = False  # takes whole numbers only
+
+    def near(self, value: float) -> float:
+        """A value as it is used and written into file names."""
+        return float(round(value)) if self.whole else float(f"{value:.3g}")
 
 
 def k_of(name: str) -> Knob:
@@ -117,16 +123,20 @@ class AtL0(NamedTuple):
 
     knob: float
     fvu: float
-    slope: float | None  # d log FVU / d log L0
-    how: str  # "measured", "between", "beyond" or "off"
+    slopes: tuple[float, float] | None  # d log knob and d log FVU by d log L0
+    how: str  # "measured", "between", "moved", "beyond" or "off"
 
 
-def line(a: Point, b: Point, l0: float) -> tuple[float, float, float]:
-    """Knob and FVU at `l0` on the line through two points, all in logarithms, and the line's slope in FVU."""
-    share = math.log(l0 / a.l0) / math.log(b.l0 / a.l0)
-    knob = math.exp(math.log(a.knob) + share * math.log(b.knob / a.knob))
-    fvu = math.exp(math.log(a.fvu) + share * math.log(b.fvu / a.fvu))
-    return knob, fvu, math.log(b.fvu / a.fvu) / math.log(b.l0 / a.l0)
+def along(point: Point, slopes: tuple[float, float], l0: float, how: str) -> AtL0:
+    """A point moved to an L0 along a line, all in logarithms."""
+    ratio = l0 / point.l0
+    return AtL0(point.knob * ratio ** slopes[0], point.fvu * ratio ** slopes[1], slopes, how)
+
+
+def through(a: Point, b: Point) -> tuple[float, float]:
+    """The slopes of the line through two points."""
+    by = math.log(b.l0 / a.l0)
+    return math.log(b.knob / a.knob) / by, math.log(b.fvu / a.fvu) / by
 
 
 def nearest(points: list[Point], l0: float) -> list[Point]:
@@ -146,11 +156,11 @@ def at_l0(points: list[Point], l0: float, hit: float) -> AtL0 | None:
     if not points:
         return None
     if pair := bracket(points, l0):
-        return AtL0(*line(*pair, l0), "between")
+        return along(pair[0], through(*pair), l0, "between")
     best, *others = nearest(points, l0)
     off = abs(math.log(best.l0 / l0))
     if others and others[0].l0 != best.l0 and off < math.log(REACH):
-        return AtL0(*line(best, others[0], l0), "beyond")
+        return along(best, through(best, others[0]), l0, "beyond")
     return AtL0(best.knob, best.fvu, None, "measured" if off <= hit else "off")
 
 
@@ -165,7 +175,7 @@ def next_knob(points: list[Point], l0: float, knob: Knob) -> float | None:
     if pair and pair[1].l0 / pair[0].l0 <= BRACKET:
         return None
     if pair:
-        wanted = line(*pair, l0)[0]
+        wanted = along(pair[0], through(*pair), l0, "between").knob
     else:
         best, *others = nearest(points, l0)
         power = 1.0 if knob.rises else -1.0  # d log L0 / d log knob, as a first guess
@@ -176,7 +186,7 @@ def next_knob(points: list[Point], l0: float, knob: Knob) -> float | None:
         step = math.log(l0 / best.l0)
         step += math.copysign(0.05, step)  # a little further, so that the two bracket it
         wanted = best.knob * math.exp(min(max(step / power, -3.0), 3.0))
-    wanted = float(round(wanted)) if knob.whole else float(f"{wanted:.3g}")
+    wanted = knob.near(wanted)
     return None if any(p.knob == wanted for p in points) else wanted
 
 
@@ -326,9 +336,9 @@ class Campaign:
             print(f"a training takes {wall_s:.0f} s; {self.estimate(wall_s)}", file=sys.stderr, flush=True)
 
     def estimate(self, wall_s: float) -> str:
-        """Trainings by the rule, if a search takes 2.2 on the average and every second scan goes outwards."""
+        """Trainings by the rule, if a first search takes 2.5, others 1.2, and every second scan goes outwards."""
         searches = sum(
-            (1.0 if name == "topk" else 2.2) * (len(self.args.learning_rates) + 0.5) + len(self.args.seeds) - 1
+            (0.5 if name == "topk" else 2.5) + 1.2 * len(self.args.learning_rates) - 0.6 + len(self.args.seeds) - 1
             for name in self.args.architectures
             for tool in self.args.tools
         )
@@ -370,31 +380,34 @@ class Campaign:
 
     # -------------------------------------------------------------------------------------------- one tool
 
-    def search(self, architecture: str, tool: str, lr: float, start: float) -> AtL0 | None:
-        """FVU at the L0, at one learning rate, with the first seed."""
-        knob, points = KNOBS[tool][architecture], []
+    def search(self, architecture: str, tool: str, lr: float, start: float, near: AtL0 | None) -> AtL0 | None:
+        """FVU at the L0, at one learning rate, with the first seed.
+
+        With what was found at a near learning rate, one training close to the L0 is enough.
+        """
+        l0, knob, points = self.args.l0, KNOBS[tool][architecture], []
         value: float | None = start
         for _ in range(self.args.knobs):
             point = self.cell(architecture, tool, lr, value, self.args.seeds[0])
             if point is None:
                 break
             points.append(point)
-            if (value := next_knob(points, self.args.l0, knob)) is None:
+            if near and near.slopes and abs(math.log(point.l0 / l0)) <= math.log(NEAR):
+                return along(point, near.slopes, l0, "moved")
+            if (value := next_knob(points, l0, knob)) is None:
                 break
-        return at_l0(points, self.args.l0, knob.hit)
+        return at_l0(points, l0, knob.hit)
 
     def scan(self, architecture: str, tool: str) -> dict[float, AtL0]:
-        """The learning rates; a search begins where the nearest rate's ended."""
+        """The learning rates; a search begins where the nearest rate's ended, and the best one's is finished."""
         knob = KNOBS[tool][architecture]
         found: dict[float, AtL0] = {}
+        starts: dict[float, float] = {}
 
         def look(lr: float) -> None:
-            start = knob.start
-            if found and not knob.whole:
-                near = min(found, key=lambda other: abs(math.log(other / lr)))
-                start = float(f"{found[near].knob:.3g}")
-            at = self.search(architecture, tool, lr, start)
-            if at:
+            near = found.get(min(found, key=lambda other: abs(math.log(other / lr)))) if found else None
+            starts[lr] = knob.near(near.knob) if near and near.how != "off" else knob.start
+            if at := self.search(architecture, tool, lr, starts[lr], near):
                 found[lr] = at
 
         for lr in self.args.learning_rates:
@@ -410,6 +423,15 @@ class Campaign:
                 look(float(f"{best * rates[-1] / rates[-2]:.6g}"))
             else:
                 break
+        finished: set[float] = set()
+        while found and len(found) >= len(self.args.learning_rates):
+            best = best_rate(found)
+            if found[best].how != "moved" or best in finished:
+                break
+            finished.add(best)
+            at = self.search(architecture, tool, best, starts[best], None)
+            if at and at.slopes:  # else it hit the L0 at once, as well as its knob can
+                found[best] = at
         return found
 
     def result(self, architecture: str, tool: str) -> dict[str, Any] | None:
@@ -420,15 +442,15 @@ class Campaign:
         l0, (first, *others) = self.args.l0, self.args.seeds
         lr = best_rate(found)
         at, knob = found[lr], KNOBS[tool][architecture]
-        value = float(round(at.knob)) if knob.whole else float(f"{at.knob:.3g}")
+        value = knob.near(at.knob)
         fvu, l0s, marks = {first: at.fvu}, {}, set()
         if at.how == "off":
             marks.add("seed 0 off the L0")
         for seed in others:
             if point := self.cell(architecture, tool, lr, value, seed):
                 l0s[seed] = point.l0
-                fvu[seed] = point.fvu * (l0 / point.l0) ** (at.slope or 0.0)
-                if abs(point.l0 / l0 - 1) > (REACH - 1 if at.slope else 0.03):
+                fvu[seed] = along(point, at.slopes, l0, "moved").fvu if at.slopes else point.fvu
+                if abs(math.log(point.l0 / l0)) > (math.log(REACH) if at.slopes else 0.03):
                     marks.add(f"seed {seed} off the L0")
         return {
             "lr": lr,
@@ -459,7 +481,7 @@ def describe(r: dict[str, Any], l0: float) -> tuple[str, str, str]:
     near = sorted(mine, key=lambda cell: abs(math.log(max(cell["l0"], 1e-9) / l0)))[: 1 + len(r["l0_of_other_seeds"])]
     used = [f"{cell['l0']:.1f}" for cell in sorted(mine, key=lambda cell: (cell["seed"], cell["l0"]))]
     silent = f"{statistics.fmean(cell['silent_latents'] for cell in near):.0f}"
-    marks = {"measured": "", "between": "", "beyond": " beyond", "off": " off"}
+    marks = {"measured": "", "between": "", "moved": "", "beyond": " beyond", "off": " off"}
     tried = ", ".join(f"{lr}: {fvu:.4f}{marks[how]}" for lr, (fvu, _, how) in r["tried"].items())
     return ", ".join(used), silent, tried
 
