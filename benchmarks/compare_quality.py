@@ -88,13 +88,13 @@ def k_of(name: str) -> Knob:
 KNOBS: dict[str, dict[str, Knob]] = {
     "sae-lens": {
         **{name: k_of("k") for name in ("topk", "batchtopk", "matryoshka")},
-        "relu": Knob("l1_coefficient", 5.0, rises=False),  # 5 in its tutorial
+        "relu": Knob("l1_coefficient", 5.0, rises=False),  # 5 in its guide
         "gated": Knob("l1_coefficient", 5.0, rises=False),
-        "jumprelu": Knob("l0_coefficient", 1.0, rises=False),
+        "jumprelu": Knob("l0_coefficient", 0.35, rises=False),
     },
     "dictionary-learning": {
         **{name: k_of("k") for name in ("topk", "batchtopk", "matryoshka")},
-        "relu": Knob("l1_penalty", 0.03, rises=False),  # 0.012 to 0.06 in its demo
+        "relu": Knob("l1_penalty", 0.08, rises=False),  # 0.012 to 0.06 in its demo
         "gated": Knob("l1_penalty", 0.03, rises=False),  # 0.012 to 0.08 in its demo
         "jumprelu": Knob("target_l0", 32, rises=True),
     },

@@ -70,7 +70,7 @@ def shares(spec: dict[str, Any]) -> dict[str, int]:
     return {
         "steps": steps,
         "warmup_steps": min(10, steps // 10),
-        "penalty_steps": steps // 20,
+        "penalty_steps": steps // 4,
         "dead_steps": max(1, steps // 10),
         "decay_steps": decay_steps,
         "decay_start": steps - decay_steps,
