@@ -46,7 +46,7 @@ from typing import Any, NamedTuple
 
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from peers.common import Rows, evaluate, write_json
 from rich.console import Console
 
@@ -71,7 +71,7 @@ class Knob:
     """What moves the L0 of one architecture of one tool."""
 
     name: str
-    start: float
+    start: float | None  # None: what our configuration has as default
     rises: bool  # whether L0 rises with it
     hit: float = CLOSE  # relative error of L0 that ends the search
     whole: bool = False  # takes whole numbers only
@@ -101,7 +101,7 @@ KNOBS: dict[str, dict[str, Knob]] = {
     **{
         name: {
             **{name: k_of("model.k") for name in ("topk", "batchtopk", "matryoshka")},
-            **{name: Knob("model.coefficient", 1e-3, rises=False) for name in ("relu", "gated", "jumprelu")},
+            **{name: Knob("model.coefficient", None, rises=False) for name in ("relu", "gated", "jumprelu")},
         }
         for name in OURS
     },
@@ -398,15 +398,28 @@ class Campaign:
                 break
         return at_l0(points, l0, knob.hit)
 
+    def start(self, architecture: str, tool: str) -> float:
+        """Where the first search begins."""
+        knob = KNOBS[tool][architecture]
+        if knob.start is not None:
+            return knob.start
+        value = OmegaConf.select(self.config(0, [f"model={architecture}"])[0], knob.name)
+        if value is None:
+            raise SystemExit(f"conf/model/{architecture}.yaml has no {knob.name}, by which its L0 would be set")
+        return knob.near(float(value))
+
     def scan(self, architecture: str, tool: str) -> dict[float, AtL0]:
         """The learning rates; a search begins where the nearest rate's ended, and the best one's is finished."""
         knob = KNOBS[tool][architecture]
         found: dict[float, AtL0] = {}
+        if tool in OURS and not (ROOT / "conf" / "model" / f"{architecture}.yaml").exists():
+            self.missing.append(f"conf/model/{architecture}.yaml")
+            return found
         starts: dict[float, float] = {}
 
         def look(lr: float) -> None:
             near = found.get(min(found, key=lambda other: abs(math.log(other / lr)))) if found else None
-            starts[lr] = knob.near(near.knob) if near and near.how != "off" else knob.start
+            starts[lr] = knob.near(near.knob) if near and near.how != "off" else self.start(architecture, tool)
             if at := self.search(architecture, tool, lr, starts[lr], near):
                 found[lr] = at
 
