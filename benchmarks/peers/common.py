@@ -59,6 +59,30 @@ def evaluate(encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tens
     return {"fvu": sq_error / sq_deviation, "l0": active / num_rows, "silent_latents": silent, "val_rows": num_rows}
 
 
+def shares(spec: dict[str, Any]) -> dict[str, int]:
+    """The lengths of a run's phases, in steps, the same share of the budget for every tool.
+
+    The tools' own lengths (penalty warm-ups of 2,000 and 5,000 steps, dead windows of 1,000 steps and of 10M samples)
+    suit runs of 25,000 steps and more; here they would outlast the whole run and switch off what they belong to.
+    """
+    steps = spec["samples"] // spec["batch"]
+    decay_steps = steps // 5
+    return {
+        "steps": steps,
+        "warmup_steps": min(10, steps // 10),
+        "penalty_steps": steps // 4,
+        "dead_steps": max(1, steps // 10),
+        "decay_steps": decay_steps,
+        "decay_start": steps - decay_steps,
+    }
+
+
+def group_sizes(d_sae: int) -> list[int]:
+    """Matryoshka's nested groups: those of dictionary-learning's demo, for every tool."""
+    sizes = [d_sae // 32, d_sae // 16, d_sae // 8, d_sae // 4]
+    return [*sizes, d_sae - sum(sizes)]
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """All or nothing, so that a cell that exists is whole."""
     temporary = path.with_name(path.name + ".tmp")
