@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparsepilot import losses
 from sparsepilot.autoencoders.base import Autoencoder, Moment, Step
 from sparsepilot.autoencoders.revival import Resample
 from sparsepilot.controllers.base import Controller
@@ -140,7 +141,7 @@ class Trainee(nn.Module):
             [
                 torch.tensor(float(num_rows), dtype=torch.float64, device=y_BD.device),
                 step.firings_F.sum().double(),
-                (y_BD - self.mean_out).square().sum(dim=-1).double().sum(),
+                losses.squared_error(y_BD, self.mean_out.expand_as(y_BD)).double(),
                 *(value.double() * num_rows for value in per_row),
             ]
         )
