@@ -82,7 +82,8 @@ def _slack_B1(product: EncoderProduct, bound: float | Tensor) -> Tensor:
     """Row by row: one row of a huge norm must not make candidates of the others' pairs."""
     x_norms_B1 = torch.linalg.vector_norm(product.xc_BD, dim=1, keepdim=True)
     scale_B1 = x_norms_B1 * torch.linalg.vector_norm(product.W_enc_FD, dim=1).amax()
-    return HALF_SLACK * (scale_B1 / product.W_enc_FD.shape[1] ** 0.5 + abs(bound))
+    slack_B1: Tensor = HALF_SLACK * (scale_B1 / product.W_enc_FD.shape[1] ** 0.5 + abs(bound))
+    return slack_B1
 
 
 def _above(product: EncoderProduct, rows: slice, latents: slice, bound: float | Tensor) -> Pairs:
@@ -91,9 +92,8 @@ def _above(product: EncoderProduct, rows: slice, latents: slice, bound: float | 
     Most groups of 16 columns hold nothing above the bound: their maximum says so without looking at each entry."""
     pre = product.tile(rows, latents)
     num_rows, width = pre.shape
-    per_row = isinstance(bound, Tensor) and bound.ndim == 2
-    if per_row:
-        bound = bound[rows]
+    bound_b1 = bound[rows] if isinstance(bound, Tensor) and bound.ndim == 2 else None
+    bound = bound if bound_b1 is None else bound_b1
     if width % GROUP_SIZE:
         rows_P, ids_P = (pre > bound).nonzero(as_tuple=True)
     else:
@@ -102,7 +102,7 @@ def _above(product: EncoderProduct, rows: slice, latents: slice, bound: float | 
         rows_Q, groups_Q = (groups_BsG.amax(dim=1) > bound).nonzero(as_tuple=True)
         members_s = torch.arange(0, width, num_groups, device=pre.device)
         flat_Qs = (rows_Q * width + groups_Q)[:, None] + members_s
-        bound_Q1 = bound[rows_Q] if isinstance(bound, Tensor) and per_row else bound
+        bound_Q1 = bound if bound_b1 is None else bound_b1[rows_Q]
         hit_P = (pre.view(-1)[flat_Qs] > bound_Q1).view(-1).nonzero().squeeze(1)
         flat_P = flat_Qs.view(-1)[hit_P]
         rows_P = torch.div(flat_P, width, rounding_mode="floor")

@@ -51,7 +51,7 @@ def test_both_sides_of_the_threshold_count(function) -> None:
 
 
 def test_the_mean_gradient_is_the_derivative_of_the_mean() -> None:
-    """What the kernel estimates: d/d theta of E[pre H(pre - theta)] is -theta p(theta), of E[H(pre - theta)] -p(theta)."""
+    """What the kernel estimates: d/d theta of E[pre H] is -theta p(theta), of E[H] -p(theta)."""
     theta = torch.tensor([0.7], requires_grad=True)
     pre = torch.rand(200_000, 1, generator=torch.Generator().manual_seed(0)) * 2  # density 1/2
     assert float(torch.autograd.grad(jump(pre, theta, 0.1, False).mean(), theta)[0]) == pytest.approx(-0.35, rel=0.05)

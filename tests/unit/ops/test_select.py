@@ -165,7 +165,7 @@ def test_the_slack_bounds_the_error_of_half_precision(half: torch.dtype, heavy: 
 
 
 def test_one_huge_row_does_not_make_candidates_of_all_pairs(monkeypatch) -> None:
-    """Field notes, mistake 13: one token of a huge norm must not cost the memory of [batch, latents] in half precision."""
+    """Field notes, mistake 13: one token of a huge norm must not cost memory for all pairs."""
     from sparsepilot.ops import select
 
     seen: list[int] = []

@@ -20,7 +20,7 @@ def parameters(d_in: int, d_out: int, d_sae: int, seed: int, readers: int, dtype
 
 
 def pre_plain(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_in_D: Tensor, readers: int) -> Tensor:
-    """Every pre-activation, restated: latent i reads the columns of the site that its part of the latents belongs to."""
+    """Every pre-activation, restated: latent i reads the columns of the site that its part belongs to."""
     d_sae, width = W_enc_FD.shape
     full_FD = torch.zeros(d_sae, width * readers, dtype=x_BD.dtype)
     parts = []
