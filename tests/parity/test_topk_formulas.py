@@ -91,7 +91,7 @@ def test_k_annealing() -> None:
 
 
 def test_batchtopk_and_its_threshold() -> None:
-    """Bussmann et al. 2024: the n k largest of the batch; at inference theta = E[min positive activation let through]."""
+    """Bussmann et al. 2024: the n k largest of the batch; at inference above E[the smallest let through]."""
     model = make("batchtopk", "autoencoder")
     assert isinstance(model, BatchTopK)
     x_BD, y_BD = rows(model)

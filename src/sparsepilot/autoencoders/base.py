@@ -15,6 +15,7 @@ from sparsepilot import losses
 from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.autoencoders.prefixes import Prefixes
 from sparsepilot.autoencoders.revival import NoRevival, Revival
+from sparsepilot.errors import ConfigError
 from sparsepilot.ops.active import ActiveSet
 from sparsepilot.ops.product import EncoderProduct, Workspace
 from sparsepilot.ops.sparse import at_pairs, decode_at, decode_plain, encode_at, encode_plain
@@ -172,6 +173,11 @@ class Autoencoder(nn.Module, ABC):
         dense_above: float = DENSE_ABOVE,
     ) -> None:
         super().__init__()
+        if d_sae % blocks.readers:
+            raise ConfigError(
+                f"model.d_sae = {d_sae}: a cross-layer transcoder's latents are shared out evenly over {blocks.readers} "
+                f"layers; a multiple of {blocks.readers} is needed"
+            )
         self.blocks, self.d_in, self.d_out, self.d_sae = blocks, blocks.d_in, blocks.d_out, d_sae
         self.revival = revival or NoRevival()
         self.prefixes = prefixes
@@ -462,7 +468,9 @@ class Autoencoder(nn.Module, ABC):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Restores unit decoder rows after an optimizer step."""
+        """Restores a cross-layer decoder's zeros (Muon's update has none) and unit decoder rows after an optimizer step."""
+        if isinstance(self._decoder_mask, Tensor):
+            self.W_dec.mul_(self._decoder_mask)
         if self.unit_decoder:
             self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(1e-12))
 
