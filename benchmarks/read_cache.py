@@ -113,7 +113,7 @@ def candidates(cache: Cache, raw: Path, window_mb: int, batch: int, streams: int
             cache.read_into(SITE, start, out[: min(16384, rows - start)])
 
     def loader_shuffled() -> None:
-        window = window_rows_per_stream(window_mb, streams, [width], "bfloat16")
+        window = window_rows_per_stream(window_mb, streams, 2 * width)
         order = Order(rows, cache.chunk_rows, streams, window, seed=0)
         for item in TrainLoader(cache, [SITE], order, batch, 1, rows):
             item.x_BD.view(torch.uint16)[:, 0].sum()

@@ -7,7 +7,6 @@ Slurm array, rank and world come from the array.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -27,10 +26,10 @@ def main(cfg: DictConfig) -> None:
         if cache is None:
             print(f"rank {rank} of {world} is done; the cache is sealed when the others are")
             return
-        size_mib = sum(file.stat().st_size for file in Path(cache.path).rglob("*") if file.is_file()) / 2**20
         print(
             f"{cache.path}: {cache.num_train_rows:,} training and {cache.num_val_rows:,} validation rows of "
-            f"{', '.join(f'{site} ({width})' for site, width in cache.widths.items())}, {size_mib:,.0f} MiB"
+            f"{', '.join(f'{site} ({width})' for site, width in cache.widths.items())}, "
+            f"{cache.disk_bytes() / 2**20:,.0f} MiB"
         )
 
 

@@ -80,8 +80,8 @@ def check_recipe(data: Mapping[str, Any], lm: Mapping[str, Any], text: Mapping[s
     Raises:
         DataError: naming the first field that differs, both values, and what to do.
     """
-    build, path = data.get("build"), Path(data["path"])
-    if build is None or not is_sealed(path):
+    build = data.get("build")
+    if build is None or not is_sealed(path := Path(data["path"])):
         return
     plan = Manifest.read(path).plan
     if _is_from_lm(build):

@@ -36,11 +36,11 @@ from sparsepilot.controllers.base import Controller
 from sparsepilot.data.datamodule import ActivationData
 from sparsepilot.interop import dictionary
 from sparsepilot.interop.fold import fold
+from sparsepilot.process_memory import keep_freed_memory
 from sparsepilot.reporting.environment import environment
 from sparsepilot.reporting.summary import print_end, print_sizes
 from sparsepilot.reporting.wandb import WandbCopy
 from sparsepilot.rows import read_rows
-from sparsepilot.process_memory import keep_freed_memory
 from sparsepilot.run_folder import RunFolder, write_json
 from sparsepilot.training.module import TrainingModule
 from sparsepilot.training.trainee import Trainee
@@ -177,6 +177,8 @@ def build_module(cfg: DictConfig, data: ActivationData) -> TrainingModule:
     wired = wire(data, **{name: model.pop(name) for name in WIRING if name in model})
     # a partial: Hydra would turn a dataclass among the arguments into a configuration node
     autoencoder: Autoencoder = instantiate({**model, "_partial_": True})(blocks=wired.blocks)
+    if cfg.compile:
+        autoencoder.compile()
     controller: Controller = instantiate(cfg.controller)
     trainee = Trainee(autoencoder, controller, wired.sites, total_samples, cfg.batch, cfg.seed)
     validation = Validation(trainee, data.cache.num_train_rows, data.cache.planted_features())
@@ -261,7 +263,7 @@ def finish(folder: RunFolder, module: TrainingModule, data: ActivationData) -> d
         "sites_out": [site.name for site in trainee.sites.writes or trainee.sites.reads],
         "samples": module.samples,
         "cache_fingerprint": data.cache.fingerprint,
-        "source": data.cache.manifest.plan.source,
+        "source": data.cache.source,
         "input_scale_in_training": [site.scale for site in trainee.sites.reads],
     }
     folded = fold(cfg_out, autoencoder.inference_tensors(), trainee.scale_in, trainee.scale_out)
@@ -309,14 +311,13 @@ def measure_sizes(module: TrainingModule, data: ActivationData) -> dict[str, str
     torch.autograd.backward(loss)
     seconds = time.perf_counter() - began_s
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    cache_bytes = sum(file.stat().st_size for file in data.cache.path.rglob("*") if file.is_file())
     steps_per_pass = data.cache.num_train_rows / module.batch
     return {
         "parameters": f"{num_parameters:,}",
         "parameters, gradients, Adam": f"{num_parameters * 16 / 2**20:,.0f} MiB",
         "peak memory of this process": f"{peak_mib:,.0f} MiB",
         "checkpoint on disk": f"{num_parameters * 12 / 2**20:,.0f} MiB each",
-        "cache on disk": f"{cache_bytes / 2**20:,.0f} MiB",
+        "cache on disk": f"{data.cache.disk_bytes() / 2**20:,.0f} MiB",
         "samples per pass": f"{data.cache.num_train_rows:,} ({steps_per_pass:.1f} steps)",
         "budget": f"{module.total_steps * module.batch:,} samples, {module.total_steps:,} steps",
         "one micro-batch": f"{len(batch.x_BD):,} rows, loss {float(loss.detach()):.4g}, {seconds:.2f} s",

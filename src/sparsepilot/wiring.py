@@ -56,10 +56,14 @@ def wire(data: ActivationData, sites: list[str] | ReadWrite | None = None, skip:
 
     if not isinstance(sites, dict):
         if skip:
-            raise ConfigError("model.skip = True: only a transcoder has a skip; set model.sites={read: [...], write: [...]}")
+            raise ConfigError(
+                "model.skip = True: only a transcoder has a skip; set model.sites={read: [...], write: [...]}"
+            )
         both = stats(sites if sites is not None else list(data.sites), "model.sites")
         if not both:
-            raise ConfigError("model.sites = []: names nothing to read; name a site of the data, or null for all of them")
+            raise ConfigError(
+                "model.sites = []: names nothing to read; name a site of the data, or null for all of them"
+            )
         return Wired(Blocks.autoencoder(*(widths[s.name] for s in both)), Sites(both, None))
 
     unknown = set(sites) - {"read", "write", "cross_layer"}
@@ -70,7 +74,9 @@ def wire(data: ActivationData, sites: list[str] | ReadWrite | None = None, skip:
     cross_layer = sites.get("cross_layer", False)
     if cross_layer and (len(set(read_widths)) > 1 or len(reads) != len(writes)):
         raise ConfigError(
-            f"model.sites.cross_layer = True: reads {read_widths} and writes {write_widths}; as many sites on both sides "
-            "and one width for all that are read are needed"
+            f"model.sites.cross_layer = True: reads {read_widths} and writes {write_widths}; as many sites on both "
+            "sides and one width for all that are read are needed"
         )
-    return Wired(Blocks(read_widths, write_widths, same=False, skip=skip, cross_layer=cross_layer), Sites(reads, writes))
+    return Wired(
+        Blocks(read_widths, write_widths, same=False, skip=skip, cross_layer=cross_layer), Sites(reads, writes)
+    )

@@ -162,6 +162,7 @@ class Autoencoder(nn.Module, ABC):
     measures: tuple[str, ...] = ()
     """Names of `Response.measures`, and of what `select` measures."""
     mean_in: Tensor
+    _decoder_mask: Tensor | None
 
     def __init__(
         self,
@@ -175,8 +176,7 @@ class Autoencoder(nn.Module, ABC):
         super().__init__()
         if d_sae % blocks.readers:
             raise ConfigError(
-                f"model.d_sae = {d_sae}: a cross-layer transcoder's latents are shared out evenly over {blocks.readers} "
-                f"layers; a multiple of {blocks.readers} is needed"
+                f"model.d_sae = {d_sae}: must be a multiple of {blocks.readers}, the layers that share the latents"
             )
         self.blocks, self.d_in, self.d_out, self.d_sae = blocks, blocks.d_in, blocks.d_out, d_sae
         self.revival = revival or NoRevival()
@@ -345,9 +345,11 @@ class Autoencoder(nn.Module, ABC):
         """The same sums over tiles of rows; each tile is computed again in the backward pass instead of being kept."""
         tile_rows = EncoderProduct(x_BD, self.W_enc, self.b_enc, self._workspace, self.tile_latents).tile_rows
         tiles: list[_Sums] = []
-        for x, y in zip(x_BD.split(tile_rows), y_BD.split(tile_rows), strict=True):
+        for x, y in zip(torch.split(x_BD, tile_rows), torch.split(y_BD, tile_rows), strict=True):
             if torch.is_grad_enabled():
-                tiles.append(checkpoint(self.dense_tile, x, y, dense, now, use_reentrant=False, preserve_rng_state=False))
+                tiles.append(
+                    checkpoint(self.dense_tile, x, y, dense, now, use_reentrant=False, preserve_rng_state=False)
+                )
             else:
                 tiles.append(self.dense_tile(x, y, dense, now))
         if len(tiles) == 1:
@@ -410,6 +412,11 @@ class Autoencoder(nn.Module, ABC):
         """Weights of `extra_terms`."""
         return (1.0,) * len(self.extra_terms)
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """`torch.compile` for the dense path, where it fuses the elementwise work between two products. The sparse path
+        has nothing to fuse and is left alone. Names in the state dict stay what they are."""
+        self.dense_tile = torch.compile(self.dense_tile, *args, **options)  # type: ignore[method-assign]
+
     # ------------------------------------------------------------------------------------------------ plain forms
 
     def encode(self, x_BD: Tensor) -> Tensor:
@@ -436,6 +443,17 @@ class Autoencoder(nn.Module, ABC):
             columns = slice(reader * width, (reader + 1) * width)
             parts.append(encode_plain(x_BD[:, columns], W_enc_AD[own_A], b_enc_A[own_A], self.b_in[columns]))
         return torch.cat(parts, dim=1)
+
+    def encoder_part(self, x_AD: Tensor, ids_A: Tensor) -> Tensor:
+        """[A, encoder width]: of one input row per latent, the part that the latent reads."""
+        if self.blocks.readers == 1:
+            return x_AD
+        reader_A = torch.div(ids_A, self.d_sae // self.blocks.readers, rounding_mode="floor")
+        return x_AD.view(len(x_AD), self.blocks.readers, -1)[torch.arange(len(x_AD), device=x_AD.device), reader_A]
+
+    def decoder_part(self, y_AD: Tensor, ids_A: Tensor) -> Tensor:
+        """[A, d_out]: of one target row per latent, the columns that the latent may write."""
+        return y_AD if self._decoder_mask is None else y_AD * self._decoder_mask[ids_A]
 
     def decoder_norms(self) -> Tensor:
         """[F] decoder norms, differentiable; ones where rows are kept at norm 1."""
@@ -468,8 +486,8 @@ class Autoencoder(nn.Module, ABC):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Restores a cross-layer decoder's zeros (Muon's update has none) and unit decoder rows after an optimizer step."""
-        if isinstance(self._decoder_mask, Tensor):
+        """Restores a cross-layer decoder's zeros (Muon moves those, too) and unit decoder rows after an optimizer step."""
+        if self._decoder_mask is not None:
             self.W_dec.mul_(self._decoder_mask)
         if self.unit_decoder:
             self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(1e-12))

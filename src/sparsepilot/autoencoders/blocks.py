@@ -16,8 +16,8 @@ class Blocks:
     |---|---|---|
     | autoencoder | one site | the same |
     | crosscoder (Lindsey et al. 2024) | several sites side by side | the same |
-    | transcoder (Dunefsky et al. 2024, arXiv 2406.11944) | some sites | others, optionally with a linear skip |
-    | cross-layer transcoder (Ameisen et al. 2025) | latents in L equal parts, part l reads site l | part l: sites l to L |
+    | transcoder (Dunefsky et al. 2024, arXiv 2406.11944) | some sites | others, with or without a linear skip |
+    | cross-layer transcoder (Ameisen et al. 2025) | L sites, each by its share of latents | that site and later ones |
 
     The decoder of a cross-layer transcoder is one [d_sae, d_out] matrix in which L(L+1)/2 blocks may differ from 0.
     """
@@ -74,5 +74,5 @@ class Blocks:
 
     def decoder_norms(self, W_dec_FD: Tensor) -> Tensor:
         """[F]: a latent's decoder norm, summed over the sites that it writes (Lindsey et al. 2024), differentiable."""
-        norms = [part.norm(dim=1) for part in W_dec_FD.split(self.write_widths, dim=1)]
+        norms = [part.norm(dim=1) for part in torch.split(W_dec_FD, list(self.write_widths), dim=1)]
         return norms[0] if len(norms) == 1 else torch.stack(norms).sum(dim=0)

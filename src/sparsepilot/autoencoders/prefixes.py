@@ -57,8 +57,8 @@ class FixedPrefixes(Prefixes):
         self.fractions = [float(f) for f in fractions]
         if not self.fractions or sorted(set(self.fractions)) != self.fractions or self.fractions[-1] > 1:
             raise ConfigError(
-                f"model.prefixes.fractions = {list(fractions)}: ascending shares of the dictionary, each above 0 and at "
-                "most 1, are needed"
+                f"model.prefixes.fractions = {list(fractions)}: ascending shares of the dictionary, each above 0 and "
+                "at most 1, are needed"
             )
 
     def ends(self, d_sae: int, seed: int, samples: int) -> list[int]:
@@ -67,8 +67,8 @@ class FixedPrefixes(Prefixes):
 
 
 class RandomPrefixes(Prefixes):
-    """`count` prefixes drawn anew in each step, log-uniform between 1 and d_sae as in Nabeshima's matryoshka-saes, seeded
-    by (seed, samples); the whole dictionary is always the last.
+    """`count` prefixes drawn anew in each step, log-uniform between 1 and d_sae as in Nabeshima's matryoshka-saes,
+    seeded by (seed, samples); the whole dictionary is always the last.
 
     >>> prefixes = RandomPrefixes(3)
     >>> prefixes.ends(1024, seed=0, samples=512) == prefixes.ends(1024, seed=0, samples=512)

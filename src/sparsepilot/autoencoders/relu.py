@@ -23,9 +23,9 @@ class ReLU(Penalised):
         l1    u
         tanh  tanh(steepness * u)       (Jermyn et al., Transformer Circuits, February 2024)
         log   log(1 + steepness * u)    (Riggs & Brinkmann 2024)
-        p     u^p, p falling from 1     (p-annealing, Karvonen et al. 2024, arXiv 2408.00113): at each of `p_steps` steps
-              of p the penalty is rescaled by S_before / S_after, S its mean over the last step's global batch, so that
-              it keeps its size
+        p     u^p, p falling from 1     (p-annealing, Karvonen et al. 2024, arXiv 2408.00113): at each of `p_steps`
+              steps of p the penalty is rescaled by S_before / S_after, S its mean over the last step's global
+              batch, so that it keeps its size
 
     Decoder rows have any norm; the penalty sees through it, and they are exported at norm 1.
 
@@ -76,9 +76,7 @@ class ReLU(Penalised):
         p, p_next = self._p(now.samples, now), self._p(now.samples + now.batch, now)
         with torch.no_grad():
             at_next = _sum_of_powers(sizes, p_next)
-        return Response(
-            codes, self.penalty_scale * _sum_of_powers(sizes, p), measures={"sparsity_at_next_p": at_next}
-        )
+        return Response(codes, self.penalty_scale * _sum_of_powers(sizes, p), measures={"sparsity_at_next_p": at_next})
 
     def close_step(self, terms: dict[str, Tensor], now: Moment) -> None:
         if self.penalty == "p" and self._p(now.samples + now.batch, now) != self._p(now.samples, now):

@@ -35,10 +35,6 @@ class Revival:
         """The term's mean over the rows of a micro-batch; `e_BD` is the main reconstruction's residual, detached."""
         raise NotImplementedError
 
-    def resamples_at(self, samples: int, batch: int, total_samples: int, dead_window: int) -> bool:
-        """Whether dead latents are resampled after the step that ends at `samples`."""
-        return False
-
 
 class NoRevival(Revival):
     """Dead latents stay dead."""
@@ -123,12 +119,12 @@ class PreActivation(Revival):
 
 
 class Resample(Revival):
-    """Every so often a dead latent gets a new direction: the residual of a row drawn with probability proportional to
-    its squared loss (Bricken et al., Transformer Circuits, October 2023). See training/resample.py.
+    """Every so often each dead latent is pointed at a row that is badly reconstructed (Bricken et al., Transformer
+    Circuits, October 2023); how, stands in training/resample.py. It counts as dead until it fires.
 
     Args:
-        every_samples: the clock's distance from one resampling to the next; None: the window after which a silent latent
-            counts as dead.
+        every_samples: the clock's distance from one resampling to the next; None: the window after which a silent
+            latent counts as dead.
         until: share of the budget after which no latent is resampled any more, so that all have time to settle.
         encoder_scale: norm of a new encoder row as a share of the mean norm of the living ones.
     """
@@ -140,7 +136,8 @@ class Resample(Revival):
         self.until = until
         self.encoder_scale = encoder_scale
 
-    def resamples_at(self, samples: int, batch: int, total_samples: int, dead_window: int) -> bool:
+    def is_due(self, samples: int, batch: int, total_samples: int, dead_window: int) -> bool:
+        """Whether dead latents are resampled after the step that ends at `samples`."""
         every = max(1, self.every_samples or dead_window)
         return samples <= self.until * total_samples and samples // every > (samples - batch) // every
 
@@ -151,6 +148,6 @@ def _over_row_tiles(tile, num_columns: int, x_BD: Tensor, e_BD: Tensor) -> Tenso
     rows = max(64, budget // num_columns)
     parts = [
         checkpoint(tile, x, e, use_reentrant=False, preserve_rng_state=False)
-        for x, e in zip(x_BD.split(rows), e_BD.split(rows), strict=True)
+        for x, e in zip(torch.split(x_BD, rows), torch.split(e_BD, rows), strict=True)
     ]
     return torch.stack(parts).sum()

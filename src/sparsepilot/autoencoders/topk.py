@@ -18,7 +18,7 @@ from sparsepilot.ops.topk import TopK as Top
 from sparsepilot.ops.topk import topk_grouped
 
 MULTI = 4
-"""Multi-TopK's second reconstruction has so many times k latents (Gao et al. 2024, section 5.4; sparsify has 4, too)."""
+"""Multi-TopK's second reconstruction has so many times k latents (Gao et al. 2024, section 5.4; as in sparsify)."""
 
 
 class TopK(Autoencoder):

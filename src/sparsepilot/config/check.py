@@ -64,6 +64,11 @@ def _check_data(plain: dict[str, Any]) -> None:
     build = data.pop("build", None)
     check_target("data", data, given=("batch", "accumulate", "total_samples", "seed"))
     if build is not None:
+        if isinstance(data["path"], dict):
+            raise ConfigError(
+                f"data.path = {data['path']}: data.build makes one cache; make each by itself with "
+                "scripts/cache_activations.py, then read them together with data=cache"
+            )
         from_lm = build["_target_"].endswith("build_from_lm")
         given = (
             ("path", "sites", "lm", "text", "seed", "rank", "world", "console")
@@ -144,8 +149,8 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
     check_target("trainer", trainer)
     if str(trainer.get("precision", "32-true")) not in PRECISIONS:
         raise ConfigError(
-            f"trainer.precision = {trainer['precision']!r}: should be one of {', '.join(PRECISIONS)}; parameters, losses "
-            "and the chosen latents' values are fp32 in all of them"
+            f"trainer.precision = {trainer['precision']!r}: should be one of {', '.join(PRECISIONS)}; parameters, "
+            "losses and the chosen latents' values are fp32 in all of them"
         )
     devices = trainer.get("devices", 1)
     if (

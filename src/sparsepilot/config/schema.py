@@ -58,6 +58,8 @@ class Config:
     seed: int = MISSING
     threads: int | None = MISSING
     """CPU threads of torch; None leaves its own choice"""
+    compile: bool = MISSING
+    """torch.compile for the dense path of a step"""
     run_dir: str = MISSING
     resume: Resume = MISSING
     check: bool = MISSING

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +74,9 @@ class Cache:
             if name.split("/", 1)[-1] in {*self.widths, *layout.ROW_LABELS}:
                 self._open(name)
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     @property
     def fingerprint(self) -> str:
         """Hex digest of the plan and of every stored row."""
@@ -81,6 +85,11 @@ class Cache:
     @property
     def dtype(self) -> str:
         return self.manifest.plan.dtype
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where the rows come from, as the plan says."""
+        return self.manifest.plan.source
 
     @property
     def num_train_rows(self) -> int:
@@ -93,6 +102,11 @@ class Cache:
     @property
     def chunk_rows(self) -> int:
         return self.manifest.plan.chunk_rows
+
+    def dtype_of(self, site: str) -> str:
+        """How rows of a site are stored."""
+        self._width(site)
+        return self.dtype
 
     def row_bytes(self, site: str) -> int:
         """Bytes of one stored row of a site."""
@@ -150,6 +164,10 @@ class Cache:
         except Exception as error:
             raise DataError(f"{self.path}: array {name!r}, chunk 0 is damaged: {error}") from error
         return torch.from_numpy(np.asarray(values))
+
+    def disk_bytes(self) -> int:
+        """Size of all its files."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     def _known(self, site: str) -> None:
         known = self.manifest.plan.widths

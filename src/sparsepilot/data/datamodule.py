@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from lightning import LightningDataModule
 from pydantic import PositiveInt
 
-from sparsepilot.data.cache import Cache, Manifest
 from sparsepilot.data.loader import TrainLoader, ValLoader, streams_of_rank
 from sparsepilot.data.order import Order
 from sparsepilot.data.sites import expand_sites
+from sparsepilot.data.together import known_sites, open_sites
 from sparsepilot.data.window import window_rows_per_stream
 from sparsepilot.errors import CheckpointError, ConfigError
 
 
 class ActivationData(LightningDataModule):
-    """Rows of a sealed activation cache, several sites side by side.
+    """Rows of a sealed activation cache, or of several that hold the same rows (`Caches`), their sites side by side.
 
     `sites` are names or globs (see `data.sites`); the attribute of that name lists what they stand for in this cache.
     `window_mb` is the shuffle window of all streams over all ranks, in MiB of stored rows. `start_sample` may be set
@@ -29,7 +28,7 @@ class ActivationData(LightningDataModule):
 
     def __init__(
         self,
-        path: str,
+        path: str | dict[str, str],
         sites: Sequence[str],
         num_streams: PositiveInt = 64,
         window_mb: PositiveInt = 1024,
@@ -47,14 +46,13 @@ class ActivationData(LightningDataModule):
             raise ConfigError("sites=[] names nothing to read; name at least one site of the cache")
         if len(set(sites)) < len(sites):
             raise ConfigError(f"sites={list(sites)} names a site twice")
-        self.sites = expand_sites(sites, Manifest.read(Path(path)).plan.widths, path)
-        self.cache = Cache(path, self.sites)
-        widths = [self.cache.widths[site] for site in self.sites]
-        self.d_in = sum(widths)
+        self.sites = expand_sites(sites, known_sites(path), str(path))
+        self.cache = open_sites(path, self.sites)
+        self.d_in = sum(self.cache.widths[site] for site in self.sites)
         self.num_streams, self.seed = num_streams, seed
         self.prefetch_batches, self.val_batch, self.val_rows = prefetch_batches, val_batch, val_rows
         self.batch, self.accumulate, self.total_samples = batch, accumulate, total_samples
-        window = window_rows_per_stream(window_mb, num_streams, widths, self.cache.dtype)
+        window = window_rows_per_stream(window_mb, num_streams, sum(map(self.cache.row_bytes, self.sites)))
         self.order = Order(self.cache.num_train_rows, self.cache.chunk_rows, num_streams, window, seed)
         self.start_sample = 0
         self._loader(0, 1)  # refuses a batch that does not divide before anything is built

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -35,9 +36,11 @@ def row_bytes(width: int, dtype: str) -> int:
     return width * STORED[dtype].torch_dtype.itemsize + (4 if dtype == "int8" else 0)
 
 
-def batch_dtype(dtype: str) -> torch.dtype:
-    """dtype of the tensors that a cache of `dtype` yields: its own, or fp32 for int8."""
-    return torch.float32 if dtype == "int8" else STORED[dtype].torch_dtype
+def batch_dtype(*dtypes: str) -> torch.dtype:
+    """dtype of batches of such rows: their own, fp32 for int8; of several the narrowest that holds them exactly."""
+    return functools.reduce(
+        torch.promote_types, (torch.float32 if dtype == "int8" else STORED[dtype].torch_dtype for dtype in dtypes)
+    )
 
 
 def as_numpy(x: Tensor) -> np.ndarray:

@@ -10,10 +10,10 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from sparsepilot.data.cache import Cache
 from sparsepilot.data.dtypes import batch_dtype
 from sparsepilot.data.order import Order
 from sparsepilot.data.prefetch import Prefetcher
+from sparsepilot.data.together import AnyCache
 from sparsepilot.data.window import Windows
 from sparsepilot.errors import ConfigError, DataError
 from sparsepilot.types import Batch
@@ -66,8 +66,8 @@ class TrainLoader(_Loader):
     """This rank's micro-batches from `start_sample` to `total_samples`, in the given order.
 
     Micro-batch m of a global batch takes batch / (num_streams accumulate) consecutive rows of each of this rank's
-    streams, stream after stream: x_BD is [batch / (world accumulate), sum of widths] in the stored dtype (fp32 for
-    int8), the sites in the order of `sites`. Batches that do not fit whole into `total_samples` are left out.
+    streams, stream after stream: x_BD is [batch / (world accumulate), sum of widths] in the stored dtype (see
+    `batch_dtype`), the sites in the order of `sites`. Batches that do not fit whole into `total_samples` are left out.
 
     Memory: the windows of this rank's streams (`window_bytes`, filled before the first batch comes) and
     prefetch_batches + 2 micro-batches.
@@ -78,7 +78,7 @@ class TrainLoader(_Loader):
 
     def __init__(
         self,
-        cache: Cache,
+        cache: AnyCache,
         sites: Sequence[str],
         order: Order,
         batch: int,
@@ -101,7 +101,7 @@ class TrainLoader(_Loader):
         order.per_stream(start_sample, "start_sample")
         if order.num_rows != cache.num_train_rows or order.chunk_rows != cache.chunk_rows:
             raise DataError(
-                f"{cache.path}: has {cache.num_train_rows} training rows in chunks of {cache.chunk_rows}, the order is "
+                f"{cache}: has {cache.num_train_rows} training rows in chunks of {cache.chunk_rows}, the order is "
                 f"for {order.num_rows} in chunks of {order.chunk_rows}"
             )
         self.cache, self.sites, self.order = cache, list(sites), order
@@ -138,9 +138,10 @@ class TrainLoader(_Loader):
     def _micro_batches(self, windows: Windows) -> Iterator[Batch]:
         count = self.batch // (self.order.num_streams * self.accumulate)  # rows per stream and micro-batch
         width = sum(self.cache.widths[site] for site in self.sites)
+        dtype = batch_dtype(*map(self.cache.dtype_of, self.sites))
         start = self.start_sample // self.order.num_streams
         for micro in range(len(self)):
-            x_BD = torch.empty(count * len(self.streams), width, dtype=batch_dtype(self.cache.dtype))
+            x_BD = torch.empty(count * len(self.streams), width, dtype=dtype)
             windows.take(start + micro * count, count, x_BD)
             yield Batch(x_BD, self.start_sample + micro // self.accumulate * self.batch)
 
@@ -155,7 +156,7 @@ class ValLoader(_Loader):
 
     def __init__(
         self,
-        cache: Cache,
+        cache: AnyCache,
         sites: Sequence[str],
         batch: int,
         num_rows: int | None = None,
@@ -167,7 +168,7 @@ class ValLoader(_Loader):
         self.cache, self.sites = cache, list(sites)
         total = cache.num_val_rows if num_rows is None else min(num_rows, cache.num_val_rows)
         if total < world:
-            raise DataError(f"{cache.path}: {total} validation rows for {world} ranks; each rank needs at least one")
+            raise DataError(f"{cache}: {total} validation rows for {world} ranks; each rank needs at least one")
         if batch < 1:
             raise ConfigError(f"val_batch={batch}; at least 1 is needed")
         self.rows = range(rank * total // world, (rank + 1) * total // world)

@@ -12,7 +12,8 @@ def expand_sites(patterns: Iterable[str], known: Iterable[str], where: str) -> l
     """The sites of a cache that `patterns` name, in the order of the patterns; duplicates once.
 
     `*` stands for one part of the dotted path, `:out` is the default and is dropped: as `lm.capture.expand_sites`
-    reads them when the cache is made. Within one pattern numbers count as numbers: layer 10 comes after layer 9.
+    reads them when the cache is made. Of several caches (`together.Caches`), a site is `base/model.layers.9`, and `*`
+    before the slash stands for any of them. Within one pattern numbers count as numbers: layer 10 comes after layer 9.
     Raises DataError, with the nearest names, for a pattern that matches nothing; `where` begins the message.
     """
     names = sorted(known, key=_numeric_order)
@@ -28,9 +29,11 @@ def expand_sites(patterns: Iterable[str], known: Iterable[str], where: str) -> l
 
 def _matches(name: str, pattern: str) -> bool:
     (path, _, side), (pattern_path, _, pattern_side) = name.partition(":"), pattern.partition(":")
+    (cache, _, path), (pattern_cache, _, pattern_path) = path.rpartition("/"), pattern_path.rpartition("/")
     parts, pattern_parts = path.split("."), pattern_path.split(".")
     return (
         side == pattern_side
+        and fnmatch.fnmatchcase(cache, pattern_cache)
         and len(parts) == len(pattern_parts)
         and all(map(fnmatch.fnmatchcase, parts, pattern_parts))
     )

@@ -10,19 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsepilot.data.cache import Cache
-from sparsepilot.data.dtypes import as_numpy, row_bytes
+from sparsepilot.data.dtypes import as_numpy
 from sparsepilot.data.order import Block, Order
+from sparsepilot.data.together import AnyCache
 from sparsepilot.errors import ConfigError
 
 
-def window_rows_per_stream(window_mb: int, num_streams: int, widths: Sequence[int], dtype: str) -> int:
-    """Rows per stream and block with which all streams together hold at most `window_mb` MiB of stored rows.
+def window_rows_per_stream(window_mb: int, num_streams: int, row: int) -> int:
+    """Rows of `row` bytes per stream and block with which all streams together hold at most `window_mb` MiB of them.
 
     A stream holds two blocks, one in use and one being read. It does not depend on the number of ranks, because the
     order of rows hangs on it; of R ranks each holds 1/R of it.
     """
-    row = sum(row_bytes(width, dtype) for width in widths)
     rows = window_mb * 2**20 // (2 * num_streams * row)
     if rows < 1:
         need = -(-2 * num_streams * row // 2**20)
@@ -41,13 +40,13 @@ class Windows:
     """
 
     def __init__(
-        self, cache: Cache, sites: Sequence[str], order: Order, streams: Sequence[int], pool: Executor
+        self, cache: AnyCache, sites: Sequence[str], order: Order, streams: Sequence[int], pool: Executor
     ) -> None:
         self._cache, self._order, self._streams, self._pool = cache, order, streams, pool
         room = [min(order.window_rows_per_stream, order.stream_rows(stream)) for stream in streams]
         self._bases = list(itertools.accumulate((2 * rows for rows in room), initial=0))
         self._memory = {site: cache.empty(site, self._bases[-1]) for site in sites}
-        self._scales = {site: torch.empty(self._bases[-1]) for site in sites} if cache.dtype == "int8" else {}
+        self._scales = {site: torch.empty(self._bases[-1]) for site in sites if cache.dtype_of(site) == "int8"}
         self._room = room
         self._half = [0] * len(streams)
         self._blocks: list[Block | None] = [None] * len(streams)
@@ -88,9 +87,11 @@ class Windows:
         for site, memory_ND in self._memory.items():
             width = memory_ND.shape[1]
             target_BD = out_BD[:, column : column + width]
-            if self._scales:
+            if site in self._scales:
                 code_BD = memory_ND.numpy()[which_B]
                 np.multiply(code_BD, self._scales[site].numpy()[which_B, None], out=target_BD.numpy())
+            elif memory_ND.dtype != out_BD.dtype:  # beside a site that is stored otherwise
+                target_BD.copy_(torch.from_numpy(as_numpy(memory_ND)[which_B]).view(memory_ND.dtype))
             elif target_BD.is_contiguous():
                 np.take(as_numpy(memory_ND), which_B, axis=0, out=as_numpy(target_BD), mode="clip")
             else:
@@ -144,5 +145,5 @@ class Windows:
         where = slice(place, place + last - first)
         for site, memory_ND in self._memory.items():
             self._cache.read_into(site, first, memory_ND[where])
-            if self._scales:
+            if site in self._scales:
                 self._cache.read_scales_into(site, first, self._scales[site][where])

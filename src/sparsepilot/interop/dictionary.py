@@ -42,6 +42,15 @@ class Dictionary(nn.Module):
             reconstruction), and what it was trained on.
     """
 
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    threshold: Tensor
+    r_mag: Tensor
+    b_mag: Tensor
+    W_skip: Tensor
+
     def __init__(self, cfg: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().__init__()
         self.cfg = cfg
@@ -54,11 +63,11 @@ class Dictionary(nn.Module):
         x = x.to(self.W_enc.dtype)
         if self._subtracts_b_dec:
             x = x - self.b_dec
-        width, d_sae = self.W_enc.shape
+        width = self.W_enc.shape[0]
         if x.shape[-1] == width:
             product = x @ self.W_enc
         else:  # each part of the latents reads a layer of its own
-            layers = x.unflatten(-1, (-1, width))
+            layers = x.view(*x.shape[:-1], -1, width)
             product = torch.einsum("...ld,dlf->...lf", layers, self.W_enc.view(width, layers.shape[-2], -1)).flatten(-2)
         pre = product + self.b_enc
         architecture = self.cfg["architecture"]
@@ -124,7 +133,7 @@ def load(path: str | Path) -> Dictionary:
     return Dictionary(cfg, tensors)
 
 
-def _shapes(cfg: dict[str, Any]) -> dict[str, list[int]]:
+def _shapes(cfg: dict[str, Any]) -> dict[str, list[int | None]]:
     """What every tensor of a file must look like."""
     d_in, d_sae, d_out = cfg.get("d_in"), cfg.get("d_sae"), cfg.get("d_out")
     width = d_in // cfg.get("layers", 1) if isinstance(d_in, int) else d_in

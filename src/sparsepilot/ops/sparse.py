@@ -1,9 +1,9 @@
 """Encoding and decoding at chosen latents only, with sparse exact gradients; a plain dense twin beside each.
 
-The dense work of a training step is the one product that finds the active latents (ops/product.py). Everything after it
-touches the P active pairs only: values, reconstruction and all gradients go through `embedding_bag`, which sums weighted
-rows of a table without materialising them and in a fixed order. Both weight matrices lie as [F, D], one row a latent,
-so that a latent's weights are contiguous.
+The dense work of a training step is the one product that finds the active latents (ops/product.py). Everything after
+it touches the P active pairs only: values, reconstruction and all gradients go through `embedding_bag`, which sums
+weighted rows of a table without materialising them and in a fixed order. Both weight matrices lie as [F, D], one row a
+latent, so that a latent's weights are contiguous.
 
 Where latents read from one of L sites each (a cross-layer transcoder), the input is seen as a table of B * L rows and
 each pair points at the row of its own site: `readers` is L, 1 everywhere else.
@@ -167,6 +167,6 @@ class _AtPairs(torch.autograd.Function):
 
 
 def at_pairs(values_F: Tensor, active: ActiveSet) -> Tensor:
-    """[P]: the value of each pair's latent; its gradient is summed in a fixed order (that of `values_F[ids]` is not)."""
+    """[P]: the value of each pair's latent; its gradient is summed in a fixed order, unlike that of `values_F[ids]`."""
     out: Tensor = _AtPairs.apply(values_F, active)  # type: ignore[no-untyped-call]
     return out

@@ -12,6 +12,11 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's rank, 0 where there is one."""
+    return dist.get_rank() if num_ranks() > 1 else 0
+
+
 def all_reduce_sum_(values: Tensor) -> Tensor:
     """Sum over ranks, in place."""
     if num_ranks() > 1:

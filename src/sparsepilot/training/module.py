@@ -129,6 +129,7 @@ class TrainingModule(L.LightningModule):
         self.train_row = self._make_train_row(lr) if self._row_is_due() else None
         for _, trainee in self.each():
             trainee.advance(self.samples)
+            trainee.revive([batch.x_BD for batch in self._micro_batches], _inner(optimizer), self.samples)
         self._micro_batches.clear()
 
     def configure_optimizers(self) -> Optimizer:
@@ -263,6 +264,10 @@ class TrainingModule(L.LightningModule):
 
 def _trainee(module: nn.Module) -> Trainee:
     return cast(Trainee, module)
+
+
+def _inner(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
 def _has_non_finite(gradient: Tensor | None) -> bool:

@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sparsepilot.autoencoders.base import Autoencoder, Moment, Step
+from sparsepilot.autoencoders.revival import Resample
 from sparsepilot.controllers.base import Controller
 from sparsepilot.metrics.dead import DeadLatents, dead_window_samples
 from sparsepilot.ops.readback import Readback
 from sparsepilot.parallel.collectives import all_reduce_max_, all_reduce_sum_
+from sparsepilot.training.resample import resample
 
 
 class SiteStats(NamedTuple):
@@ -78,14 +81,14 @@ class Trainee(nn.Module):
         self.total_samples, self.batch, self.seed = total_samples, batch, seed
         writes = sites.reads if sites.writes is None else sites.writes
         scaled_variance = sum(float(s.variance_D.double().sum()) * float(s.scale) ** 2 for s in writes)
-        means = [torch.cat([s.mean_D * s.scale for s in side]) for side in (sites.reads, writes)]
-        autoencoder.initialise(*means, scaled_variance)
+        mean_in, mean_out = (torch.cat([s.mean_D * s.scale for s in side]) for side in (sites.reads, writes))
+        autoencoder.initialise(mean_in, mean_out, scaled_variance)
         controller.bind(*autoencoder.knob, total_samples)
         self.dead = DeadLatents(autoencoder.d_sae, dead_window_samples(total_samples))
         for name, side in (("scale_in", sites.reads), ("scale_out", writes)):
             scale_D = torch.cat([torch.full_like(s.mean_D, s.scale) for s in side])
             self.register_buffer(name, scale_D, persistent=False)
-        self.register_buffer("mean_out", means[1], persistent=False)
+        self.register_buffer("mean_out", mean_out, persistent=False)
         # AuxK's normaliser before the first step: the variance, which is what an empty dictionary leaves
         self.register_buffer("mean_sq_residual", torch.tensor(scaled_variance, dtype=torch.float32))
         # rows, active codes, ||x - mean||^2, loss, then the terms; fp64, so that the order of adding does not show
@@ -195,6 +198,32 @@ class Trainee(nn.Module):
             values = self._pending.take()
             self._pending_l0 = values[0] if values else None
         return self._pending_l0
+
+    @torch.no_grad()
+    def revive(self, batches_BD: Sequence[Tensor], optimizer: Optimizer, samples: int) -> None:
+        """Resamples dead latents where the architecture's revival says that it is time.
+
+        Args:
+            batches_BD: this rank's raw micro-batches of the step just taken.
+            optimizer: whose state about the resampled latents is dropped.
+            samples: the clock after that step.
+        """
+        revival = self.autoencoder.revival
+        if not isinstance(revival, Resample):
+            return
+        if not revival.is_due(samples, self.batch, self.total_samples, self.dead.window_samples):
+            return
+        ids_A = self.dead.dead_mask().nonzero().squeeze(1)
+        rows = [self.scaled(x_BD) for x_BD in batches_BD]
+        strength = self.controller.strength
+        sq_errors = [
+            (y_BD - self.autoencoder.evaluate(x_BD, y_BD, strength).y_hat_BD).square().sum(dim=1) for x_BD, y_BD in rows
+        ]
+        x_BD, y_BD = (torch.cat(side) for side in zip(*rows, strict=True))
+        resample(
+            self.autoencoder, ids_A, x_BD, y_BD, torch.cat(sq_errors),
+            revival.encoder_scale, self.seed, samples, optimizer,
+        )  # fmt: skip
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups of this trainee's parameters."""

@@ -172,7 +172,7 @@ def test_a_cross_layer_decoder_keeps_its_zeros_under_muon() -> None:
 
 
 def test_latents_must_share_out_over_the_layers() -> None:
-    with pytest.raises(ConfigError, match=r"model\.d_sae = 64: .*3"):
+    with pytest.raises(ConfigError, match=r"model\.d_sae = 64: must be a multiple of 3"):
         TopK(BLOCKS["cross-layer"], 64, 4)
 
 

@@ -110,7 +110,7 @@ def test_what_does_not_divide_is_refused(cache: Cache) -> None:
     with pytest.raises(
         ConfigError, match="window_mb=0 holds not two rows of 64 bytes per stream; at least 1 is needed"
     ):
-        window_rows_per_stream(0, 64, [24, 8], "bfloat16")
+        window_rows_per_stream(0, 64, 64)
 
 
 def reading_threads() -> list[threading.Thread]:
@@ -202,7 +202,7 @@ def peak_mb():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) / 1024
 
 cache = Cache(sys.argv[1])
-window = window_rows_per_stream(16, 8, [256], "bfloat16")
+window = window_rows_per_stream(16, 8, 512)
 order = Order(cache.num_train_rows, cache.chunk_rows, 8, window, 0)
 loader = TrainLoader(cache, ["x"], order, 1024, 1, 2 * cache.num_train_rows)
 assert loader.window_bytes <= 16 * 2**20

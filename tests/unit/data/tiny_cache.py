@@ -23,8 +23,8 @@ WIDTHS = {"model.layers.1": 24, "model.layers.1.mlp:in": 8}
 
 def plan(dtype: str = "bfloat16", num_train_rows: int = 700, num_val_rows: int = 130, **kwargs: object) -> CachePlan:
     """7 shards of 128 rows, 4 chunks each; the last shard and chunk are short, the split lies inside a shard."""
-    sizes = {"chunk_rows": 32, "shard_rows": 128, "source": {"kind": "test"}, **kwargs}
-    return CachePlan(num_train_rows, num_val_rows, WIDTHS, dtype, **sizes)  # type: ignore[arg-type]
+    sizes = {"widths": WIDTHS, "chunk_rows": 32, "shard_rows": 128, "source": {"kind": "test"}, **kwargs}
+    return CachePlan(num_train_rows, num_val_rows, dtype=dtype, **sizes)  # type: ignore[arg-type]
 
 
 def rows_of(site: str, rows: range, width: int) -> Tensor:
@@ -34,19 +34,21 @@ def rows_of(site: str, rows: range, width: int) -> Tensor:
     return (torch.sin(number * 0.7 + column * 1.3 + len(site)) * (1 + column) + 0.5).float()
 
 
-def write(path: Path, wanted: CachePlan, rank: int = 0, world: int = 1, full_after: int | None = None) -> None:
+def write(
+    path: Path, wanted: CachePlan, rank: int = 0, world: int = 1, full_after: int | None = None, num_tokens: int = 50
+) -> None:
     create(path, wanted)
     writer = CacheWriter(path, rank, world)
     for count, rows in enumerate(writer.pending()):
         if count == full_after:
             resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))  # less than one array's shard
-        x = {site: rows_of(site, rows, width).to(batch_dtype(wanted.dtype)) for site, width in WIDTHS.items()}
+        x = {site: rows_of(site, rows, width).to(batch_dtype(wanted.dtype)) for site, width in wanted.widths.items()}
         numbers = np.arange(rows.start, rows.stop)
-        writer.write_shard(rows, x, numbers % 50, numbers % 16, numbers // 16)
+        writer.write_shard(rows, x, numbers % num_tokens, numbers % 16, numbers // 16)
 
 
-def sealed(path: Path, dtype: str = "bfloat16", **kwargs: object) -> Cache:
-    write(path, plan(dtype, **kwargs))
+def sealed(path: Path, dtype: str = "bfloat16", num_tokens: int = 50, **kwargs: object) -> Cache:
+    write(path, plan(dtype, **kwargs), num_tokens=num_tokens)
     return seal(path)
 
 

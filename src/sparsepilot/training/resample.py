@@ -1,0 +1,71 @@
+"""Resampling of dead latents (Bricken et al., Transformer Circuits, October 2023, appendix on resampling)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparsepilot.autoencoders.base import Autoencoder
+from sparsepilot.parallel.collectives import all_gather_concat, all_reduce_sum_, rank
+from sparsepilot.parallel.surgery import set_rows_
+
+
+@torch.no_grad()
+def resample(
+    model: Autoencoder, dead_ids_A: Tensor, x_BD: Tensor, y_BD: Tensor, sq_error_B: Tensor,
+    encoder_scale: float, seed: int, samples: int, optimizer: Optimizer,
+) -> int:  # fmt: skip
+    """Points dead latents at rows of the present global batch that are badly reconstructed.
+
+    Rows are drawn without replacement, with probability proportional to the square of their loss, by a generator seeded
+    from (seed, samples), the same on all ranks. A latent's decoder row becomes the row's centred target at norm 1 (at
+    the living latents' mean norm where decoder rows are free), its encoder row the centred input at `encoder_scale`
+    times the mean norm of the living encoder rows, its bias 0, its other parameters the mean of the living ones.
+
+    Args:
+        x_BD, y_BD: [B, d_in], [B, d_out] this rank's rows of the batch, scaled.
+        sq_error_B: [B] ||y - y_hat||^2 of each.
+
+    Returns:
+        How many latents were resampled: no more than there are rows with a loss.
+    """
+    living_F = torch.ones(model.d_sae, dtype=torch.bool, device=x_BD.device)
+    living_F[dead_ids_A] = False
+    weights_N = all_gather_concat(sq_error_B.double().square())
+    num_drawn = min(dead_ids_A.numel(), int(torch.count_nonzero(weights_N)))
+    if num_drawn == 0 or not bool(living_F.any()):
+        return 0
+    make = torch.Generator().manual_seed((seed * 1_000_003 + samples) % 2**63)
+    # Gumbel's trick: the largest of log weight + noise are a draw without replacement, of any number of rows
+    noise_N = -(-torch.rand(weights_N.shape, generator=make, dtype=torch.float64).log()).log()
+    drawn_A = torch.topk(weights_N.cpu().log() + noise_N, num_drawn).indices.to(x_BD.device)
+    ids_A = dead_ids_A[:num_drawn]
+
+    counts = all_gather_concat(torch.tensor([len(sq_error_B)], device=x_BD.device))
+    first = int(counts[: rank()].sum())
+    x_AD = _gather(x_BD - model.b_in, drawn_A, first)
+    y_AD = _gather(y_BD - model.b_dec, drawn_A, first)
+
+    encoder_norm = model.W_enc[living_F].norm(dim=1).mean() * encoder_scale
+    decoder_norm = 1.0 if model.unit_decoder else model.W_dec[living_F].norm(dim=1).mean()
+    set_rows_(model.W_enc, ids_A, encoder_norm * _unit(model.encoder_part(x_AD, ids_A)), optimizer)
+    set_rows_(model.W_dec, ids_A, decoder_norm * _unit(model.decoder_part(y_AD, ids_A)), optimizer)
+    for name, parameter in model.named_parameters():
+        if parameter.shape == (model.d_sae,):
+            value = 0.0 if name == "b_enc" else float(parameter[living_F].mean())
+            set_rows_(parameter, ids_A, value, optimizer)
+    return num_drawn
+
+
+def _gather(rows_BD: Tensor, wanted_A: Tensor, first: int) -> Tensor:
+    """[A, D] rows of the global batch, of which this rank holds those from `first` on."""
+    here_A = wanted_A - first
+    own_A = (here_A >= 0) & (here_A < len(rows_BD))
+    rows_AD: Tensor = rows_BD[here_A.clamp(0, len(rows_BD) - 1)] * own_A[:, None]
+    return all_reduce_sum_(rows_AD.contiguous())
+
+
+def _unit(rows_AD: Tensor) -> Tensor:
+    unit_AD: Tensor = rows_AD / rows_AD.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return unit_AD
