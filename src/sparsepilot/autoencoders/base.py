@@ -486,7 +486,7 @@ class Autoencoder(nn.Module, ABC):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Restores a cross-layer decoder's zeros (Muon moves those, too) and unit decoder rows after an optimizer step."""
+        """Restores unit decoder rows after an optimizer step, and a cross-layer decoder's zeros, which Muon moves."""
         if self._decoder_mask is not None:
             self.W_dec.mul_(self._decoder_mask)
         if self.unit_decoder:
