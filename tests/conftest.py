@@ -73,3 +73,45 @@ def train_tiny(compose_cfg: Compose, tmp_path: Path) -> Train:
         return train(compose_cfg(*TINY, *places, *overrides))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def three_sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sealed cache of 3,000 rows: sites a, b, c see the same planted rows in turned coordinates, each larger."""
+    import numpy as np
+
+    from sparsepilot.data.plan import CachePlan
+    from sparsepilot.data.synthetic import PlantedRows
+    from sparsepilot.data.writer import CacheWriter, create
+
+    path = tmp_path_factory.mktemp("sites") / "cache"
+    plan = CachePlan(3000, 500, dict.fromkeys("abc", 16), "float32", 32, 512, {"kind": "test"})
+    create(path, plan)
+    planted = PlantedRows(16, 32, 4, 0.02, 0)
+    x_BD = torch.cat([x for x, _ in planted.rows(1, 0, 3500)])
+    make = torch.Generator().manual_seed(0)
+    turns = [torch.linalg.qr(torch.randn(16, 16, generator=make))[0] for _ in "abc"]
+    writer = CacheWriter(path)
+    for rows in writer.pending():
+        part_BD = x_BD[rows.start : rows.stop]
+        sites = {site: 10.0**i * part_BD @ turn for i, (site, turn) in enumerate(zip("abc", turns, strict=True))}
+        numbers = np.arange(rows.start, rows.stop)
+        writer.write_shard(rows, sites, numbers % 50, numbers % 100, numbers // 100)
+    writer.finish()
+    return path
+
+
+@pytest.fixture
+def train_sites(compose_cfg: Compose, three_sites: Path, tmp_path: Path) -> Train:
+    """train_sites("model=relu", ...): four steps on sites a, b and c."""
+    from sparsepilot.run import train
+
+    tiny = (
+        "data=cache", f"data.path={three_sites}", "data.sites=[a,b,c]", "data.num_streams=8", "model.d_sae=48",
+        "batch=256", "samples=1024", "logger=none", f"run_dir={tmp_path}/run",
+    )  # fmt: skip
+
+    def run(*overrides: str) -> dict[str, Any]:
+        return train(compose_cfg(*tiny, *overrides))
+
+    return run

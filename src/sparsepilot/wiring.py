@@ -32,6 +32,23 @@ class Wired(NamedTuple):
     sites: Sites
 
 
+def check_sites(sites: list[str] | ReadWrite | None = None, skip: bool = False) -> None:
+    """What can be said of `model.sites` before there is a cache.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    if isinstance(sites, dict):
+        if set(sites) - {"read", "write", "cross_layer"} or not sites.get("read") or not sites.get("write"):
+            raise ConfigError(f"model.sites = {sites}: a transcoder wants read: [sites] and write: [sites]")
+    elif skip:
+        raise ConfigError(
+            "model.skip = True: only a transcoder has a skip; set model.sites={read: [...], write: [...]}"
+        )
+    elif sites == []:
+        raise ConfigError("model.sites = []: names nothing to read; name a site of the data, or null for all of them")
+
+
 def wire(data: ActivationData, sites: list[str] | ReadWrite | None = None, skip: bool = False) -> Wired:
     """Blocks and sites for `model.sites`, which names sites (or globs) among the data's.
 
@@ -42,6 +59,7 @@ def wire(data: ActivationData, sites: list[str] | ReadWrite | None = None, skip:
     Raises:
         ConfigError, DataError: naming the field, when a site is not among the data's or the shape is impossible.
     """
+    check_sites(sites, skip)
     widths = dict(zip(data.sites, (data.cache.widths[site] for site in data.sites), strict=True))
     ends = list(accumulate(widths.values()))
     columns = {site: slice(end - width, end) for (site, width), end in zip(widths.items(), ends, strict=True)}
@@ -55,20 +73,9 @@ def wire(data: ActivationData, sites: list[str] | ReadWrite | None = None, skip:
         return found
 
     if not isinstance(sites, dict):
-        if skip:
-            raise ConfigError(
-                "model.skip = True: only a transcoder has a skip; set model.sites={read: [...], write: [...]}"
-            )
         both = stats(sites if sites is not None else list(data.sites), "model.sites")
-        if not both:
-            raise ConfigError(
-                "model.sites = []: names nothing to read; name a site of the data, or null for all of them"
-            )
         return Wired(Blocks.autoencoder(*(widths[s.name] for s in both)), Sites(both, None))
 
-    unknown = set(sites) - {"read", "write", "cross_layer"}
-    if unknown or not sites.get("read") or not sites.get("write"):
-        raise ConfigError(f"model.sites = {sites}: a transcoder wants read: [sites] and write: [sites]")
     reads, writes = stats(sites["read"], "model.sites.read"), stats(sites["write"], "model.sites.write")
     read_widths, write_widths = (tuple(widths[s.name] for s in side) for side in (reads, writes))
     cross_layer = sites.get("cross_layer", False)

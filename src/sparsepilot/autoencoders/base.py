@@ -486,7 +486,9 @@ class Autoencoder(nn.Module, ABC):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Restores unit decoder rows after an optimizer step."""
+        """Restores unit decoder rows after an optimizer step, and a cross-layer decoder's zeros, which Muon moves."""
+        if self._decoder_mask is not None:
+            self.W_dec.mul_(self._decoder_mask)
         if self.unit_decoder:
             self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(1e-12))
 

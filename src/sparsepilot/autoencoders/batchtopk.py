@@ -66,7 +66,9 @@ class BatchTopK(Autoencoder):
 
     def keep(self, pre_BF: Tensor, dense: Dense, now: Moment) -> tuple[Tensor | None, Tensor | None]:
         assert dense.bound is not None
-        return (pre_BF > dense.bound if now.inference else pre_BF >= dense.bound), None
+        at_threshold = now.inference and float(self.threshold) >= 0
+        # the smallest chosen one must not drop out because this product adds in another order than the selection's
+        return (pre_BF > dense.bound if at_threshold else pre_BF >= dense.bound * (1 - 1e-5)), None
 
     def respond(self, pre: Tensor, at: Callable[[Tensor], Tensor], inner: Tensor | None, now: Moment) -> Response:
         return Response(pre.relu())
@@ -80,7 +82,7 @@ class BatchTopK(Autoencoder):
         return self.threshold.clamp_min(0).expand_as(self.b_enc)
 
     def activate(self, pre_BF: Tensor) -> Tensor:
-        return pre_BF * (pre_BF > self.threshold)
+        return pre_BF * (pre_BF > self.threshold.clamp_min(0))
 
     def inference_config(self, strength: float) -> dict[str, Any]:
         return {**super().inference_config(strength), "k": strength}

@@ -80,7 +80,10 @@ class ReLU(Penalised):
 
     def close_step(self, terms: dict[str, Tensor], now: Moment) -> None:
         if self.penalty == "p" and self._p(now.samples + now.batch, now) != self._p(now.samples, now):
-            self.penalty_scale.copy_(terms["sparsity"] / terms["sparsity_at_next_p"].clamp_min(1e-30))
+            before, after = terms["sparsity"], terms["sparsity_at_next_p"]
+            # where nothing fired there is no size to keep: a scale of 0 would never come back
+            kept = torch.where(before > 0, before / after.clamp_min(1e-30), self.penalty_scale)
+            self.penalty_scale.copy_(kept)
 
     def activate(self, pre_BF: Tensor) -> Tensor:
         return pre_BF.relu()

@@ -11,7 +11,7 @@ from sparsepilot.errors import ConfigError
 from sparsepilot.lm import load as lm_load
 from sparsepilot.lm import text as lm_text
 from sparsepilot.reporting.wandb import resolve_mode
-from sparsepilot.wiring import WIRING, wire
+from sparsepilot.wiring import WIRING, check_sites, wire
 
 BEST_BY = ("val/fvu", "val/loss", "val/mse")
 """Validation metrics of which less is better."""
@@ -25,7 +25,9 @@ def check(cfg: DictConfig) -> None:
     """
     plain = _complete(cfg)
     _check_numbers(plain)
-    check_fields("model", {k: v for k, v in plain["model"].items() if k in WIRING}, wire, given=("data",))
+    wiring = {k: v for k, v in plain["model"].items() if k in WIRING}
+    check_fields("model", wiring, wire, given=("data",))
+    check_sites(**wiring)
     check_target("model", {k: v for k, v in plain["model"].items() if k not in WIRING}, given=("blocks",))
     check_target("controller", plain["controller"])
     check_target("optimizer", plain["optimizer"], given=("params",))

@@ -20,7 +20,7 @@ def fold(cfg: dict[str, Any], tensors: dict[str, Tensor], scale_in_D: Tensor, sc
         W_dec_i <- W_dec_i / (s_out n_i), a unit row              b_dec <- b_dec / s_out
 
     TopK takes one n for all latents, since a latent's place among the others must not change. A transcoder's b_in goes
-    into b_enc (and the skip's share of it into b_dec); an autoencoder's is its b_dec.
+    into b_enc and b_mag (and the skip's share of it into b_dec); an autoencoder's is its b_dec.
 
     Returns W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_out], b_dec and, where there is such a thing, threshold, r_mag,
     b_mag ([d_sae]), W_skip [d_out, d_in]; a cross-layer transcoder's W_enc is [d_in of one layer, d_sae].
@@ -50,7 +50,10 @@ def fold(cfg: dict[str, Any], tensors: dict[str, Tensor], scale_in_D: Tensor, sc
     if cfg["blocks"] in ("transcoder", "cross_layer_transcoder"):
         b_in_D = tensors["b_in"].double() / s_in
         per_reader = b_in_D.view(readers, 1, width).expand(readers, d_sae // readers, width).reshape(d_sae, width)
-        folded["b_enc"] = folded["b_enc"] - (folded["W_enc"] * per_reader).sum(dim=1)
+        shift_F = (folded["W_enc"] * per_reader).sum(dim=1)
+        folded["b_enc"] = folded["b_enc"] - shift_F
+        if "b_mag" in folded:
+            folded["b_mag"] = folded["b_mag"] - folded["r_mag"].exp() * shift_F
         if "W_skip" in folded:
             folded["b_dec"] = folded["b_dec"] - folded["W_skip"] @ b_in_D
     folded["W_enc"] = folded["W_enc"].T

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsepilot.ops.product import SPARE, EncoderProduct
+from sparsepilot.ops.product import SPARE, EncoderProduct, Workspace
 from sparsepilot.ops.topk import GROUP_SIZE, TopK, merge_topk, topk_grouped
-from sparsepilot.parallel.collectives import all_gather_concat, all_reduce_sum_, num_ranks
+from sparsepilot.parallel.collectives import all_gather_concat, all_reduce_max_, all_reduce_sum_, num_ranks
 
 HALF_SLACK = 2.0**-5
 """Half-precision products are wrong by less than this share of |x| |w| / sqrt(D) + |value|; checked by a test."""
@@ -60,7 +60,7 @@ def _topk_of_rows(product: EncoderProduct, rows: slice, k: int) -> TopK:
 def select_above(product: EncoderProduct, bound: float | Tensor) -> Pairs:
     """Every pair whose value is above `bound` (a number, or a scalar tensor)."""
     # a half-precision value may lie on the wrong side: look further, then decide on exact values
-    lower = bound if product.half is None else bound - _slack(product, bound)
+    lower = bound if product.half is None else (bound - _slack_B1(product, bound)).to(product.half)
     found = [_above(product, rows, latents, lower) for rows in product.row_tiles() for latents in product.latent_tiles]
     pairs = Pairs(*(torch.cat(part) for part in zip(*found, strict=True)))
     if len(product.latent_tiles) > 1:  # tiles of one row lie apart
@@ -78,16 +78,22 @@ def _exactly_above(product: EncoderProduct, pairs: Pairs, bound: float | Tensor)
     return Pairs(pairs.rows_P[keep_P], pairs.ids_P[keep_P], values_P[keep_P])
 
 
-def _slack(product: EncoderProduct, bound: float | Tensor) -> Tensor:
-    scale = product.xc_BD.square().sum(dim=1).amax().sqrt() * product.W_enc_FD.square().sum(dim=1).amax().sqrt()
-    slack: Tensor = HALF_SLACK * (scale / product.W_enc_FD.shape[1] ** 0.5 + abs(bound))
-    return slack
+def _slack_B1(product: EncoderProduct, bound: float | Tensor) -> Tensor:
+    """Row by row: one row of a huge norm must not make candidates of the others' pairs."""
+    x_norms_B1 = torch.linalg.vector_norm(product.xc_BD, dim=1, keepdim=True)
+    scale_B1 = x_norms_B1 * torch.linalg.vector_norm(product.W_enc_FD, dim=1).amax()
+    slack_B1: Tensor = HALF_SLACK * (scale_B1 / product.W_enc_FD.shape[1] ** 0.5 + abs(bound))
+    return slack_B1
 
 
 def _above(product: EncoderProduct, rows: slice, latents: slice, bound: float | Tensor) -> Pairs:
-    """Most groups of 16 columns hold nothing above the bound: their maximum says so without looking at each entry."""
+    """`bound` is a number, a scalar or [B, 1].
+
+    Most groups of 16 columns hold nothing above the bound: their maximum says so without looking at each entry."""
     pre = product.tile(rows, latents)
     num_rows, width = pre.shape
+    bound_b1 = bound[rows] if isinstance(bound, Tensor) and bound.ndim == 2 else None
+    bound = bound if bound_b1 is None else bound_b1
     if width % GROUP_SIZE:
         rows_P, ids_P = (pre > bound).nonzero(as_tuple=True)
     else:
@@ -96,7 +102,8 @@ def _above(product: EncoderProduct, rows: slice, latents: slice, bound: float | 
         rows_Q, groups_Q = (groups_BsG.amax(dim=1) > bound).nonzero(as_tuple=True)
         members_s = torch.arange(0, width, num_groups, device=pre.device)
         flat_Qs = (rows_Q * width + groups_Q)[:, None] + members_s
-        hit_P = (pre.view(-1)[flat_Qs] > bound).view(-1).nonzero().squeeze(1)
+        bound_Q1 = bound if bound_b1 is None else bound_b1[rows_Q]
+        hit_P = (pre.view(-1)[flat_Qs] > bound_Q1).view(-1).nonzero().squeeze(1)
         flat_P = flat_Qs.view(-1)[hit_P]
         rows_P = torch.div(flat_P, width, rounding_mode="floor")
         ids_P = flat_P - rows_P * width
@@ -126,7 +133,9 @@ def select_batch_topk(product: EncoderProduct, per_row: float) -> BatchTop:
     """
     rows = torch.tensor(product.num_rows, dtype=torch.int64, device=product.xc_BD.device)
     wanted = max(1, round(per_row * int(all_reduce_sum_(rows))))
-    bound = _sampled_bound(product, per_row)
+    # the lowest of all ranks: with bounds of their own, a rank could leave out what the others make room for
+    bound_1 = torch.tensor([-_sampled_bound(product, per_row)], dtype=torch.float64, device=product.xc_BD.device)
+    bound = -float(all_reduce_max_(bound_1))
     while True:
         pairs = select_above(product, bound)
         count = torch.tensor(pairs.values_P.numel(), dtype=torch.int64, device=product.xc_BD.device)
@@ -143,10 +152,10 @@ def select_batch_topk(product: EncoderProduct, per_row: float) -> BatchTop:
 def _sampled_bound(product: EncoderProduct, per_row: float) -> float:
     """A bound that about a tenth more than `per_row` entries a row exceed, judged by every so-manieth row."""
     step = max(1, product.num_rows // SAMPLE_ROWS)
+    # buffers of its own: those of `product` hold operands that are still needed
     sample = EncoderProduct(
-        product.xc_BD[::step], product.W_enc_FD, product.bias_F, product._workspace, half=product.half,
-        readers=product.readers,
-    )  # fmt: skip
+        product.xc_BD[::step], product.W_enc_FD, product.bias_F, Workspace(), readers=product.readers
+    )
     found = min(sample.num_rows * sample.num_latents, round(1.1 * per_row * sample.num_rows) + 8)
     per_row_most = min(sample.num_latents, max(1, round(8 * per_row)))
     best = select_topk(sample, per_row_most).values_BK.flatten()

@@ -41,6 +41,27 @@ ROOT = Path(__file__).parents[3]
         ("callbacks.checkpoint_every_minutes=0", "callbacks.checkpoint_every_minutes = 0.0: a positive time is needed"),
         ("model.d_sae=???", "model.d_sae: missing; set model.d_sae=..."),
         ("+trainer.devicez=2", "trainer.devicez = 2: there is no such field; did you mean 'devices'?"),
+        ("+model.revival.aux=3", "model.revival.aux = 3: there is no such field; did you mean 'aux_k'?"),
+        ("model.revival.aux_k=0", "model.revival.aux_k = 0: should be greater than 0"),
+        ("model.revival.aux_k=600", "model.revival.aux_k = 600: at most model.d_sae = 512"),
+        ("model.revival.coefficient=-1", "model.revival.coefficient = -1: should be greater than or equal to 0"),
+        ("model.tile_latents=0", "model.tile_latents = 0: should be greater than 0"),
+        ("model.dense_above=-0.1", "model.dense_above = -0.1: should be greater than or equal to 0"),
+        ("model.multi_topk=-1", "model.multi_topk = -1: should be greater than or equal to 0"),
+        ("model.anneal_k_fraction=0", "model.anneal_k_fraction = 0: should be greater than 0"),
+        ("model.sites=synthetic", "model.sites = 'synthetic': "),
+        ("model.sites=[3]", "model.sites"),
+        (
+            "model.sites={reads:[synthetic],write:[synthetic]}",
+            "a transcoder wants read: [sites] and write: [sites]",
+        ),
+        ("model.skip=true", "model.skip = True: only a transcoder has a skip"),
+        ("model.sites=[]", "model.sites = []: names nothing to read"),
+        ("model.sites={read:synthetic,write:[synthetic]}", "model.sites"),
+        ("model.skip=7", "model.skip = 7: should be a valid boolean"),
+        ("+model.skips=true", "model.skips = True: there is no such field"),
+        ("trainer.precision=16-mixed", "trainer.precision = '16-mixed': should be one of 32-true, bf16-mixed"),
+        ("trainer.precision=64", "trainer.precision"),
     ],
 )
 def test_bad_values(compose_cfg, override: str, message: str) -> None:
@@ -48,6 +69,38 @@ def test_bad_values(compose_cfg, override: str, message: str) -> None:
         check(compose_cfg("data=synthetic", override))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model=relu", "model.penalty=l3"), "model.penalty = 'l3': should be 'l1', 'tanh', 'log' or 'p'"),
+        (("model=relu", "model.p_end=1.5"), "model.p_end = 1.5: should be less than or equal to 1"),
+        (("model=relu", "model.p_start_fraction=1"), "model.p_start_fraction = 1: should be less than 1"),
+        (("model=jumprelu", "model.recipe=wide"), "model.recipe = 'wide': should be 'step' or 'tanh'"),
+        (("model=jumprelu", "model.threshold=0"), "model.threshold = 0: should be greater than 0"),
+        (("model=jumprelu", "+model.k=3"), "model.k = 3: there is no such field"),
+        (("model=batchtopk", "model.k=0"), "model.k = 0: should be greater than 0"),
+        (("model=batchtopk", "model.threshold_momentum=1"), "model.threshold_momentum = 1: should be less than 1"),
+        (("model=matryoshka", "model.prefixes.fractions=[0.5,0]"), "model.prefixes.fractions"),
+        (("model=topk", "model/prefixes=random", "model.prefixes.count=0"), "model.prefixes.count = 0: should be"),
+        (("model=topk", "model/revival=resample", "model.revival.until=0"), "model.revival.until = 0: should be"),
+        (("model=gated", "model.coefficient=-1"), "model.coefficient = -1: should be greater than or equal to 0"),
+        (("controller=ramp", "controller.until=0"), "controller.until = 0: should be greater than 0"),
+    ],
+)
+def test_bad_values_of_the_other_models(compose_cfg, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(compose_cfg("data=synthetic", *overrides))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_ramp_that_ends_before_it_begins(compose_cfg) -> None:
+    from sparsepilot.config.instantiate import instantiate
+
+    with pytest.raises(ConfigError, match=r"controller\.begin = 0\.5: must lie before controller\.until = 0\.25"):
+        instantiate(compose_cfg("controller=ramp", "controller.begin=0.5").controller)
 
 
 def _options() -> list[str]:
@@ -64,7 +117,11 @@ def _options() -> list[str]:
         "experiment",
         "debug",
     )
-    return [f"{group}={file.stem}" for group in groups for file in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+    nested = [f"model/{group}={file.stem}" for group in ("revival", "prefixes")
+              for file in sorted((ROOT / "conf" / "model" / group).glob("*.yaml"))]  # fmt: skip
+    return nested + [
+        f"{group}={file.stem}" for group in groups for file in sorted((ROOT / "conf" / group).glob("*.yaml"))
+    ]
 
 
 @pytest.mark.parametrize("option", _options())

@@ -19,34 +19,43 @@ from sparsepilot.metrics.mse import MSE
 B, D, F = 600, 8, 40
 
 
-def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def data() -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     x_BD = torch.randn(B, D) + 5.0
     codes_BF = torch.relu(torch.randn(B, F) - 1.0)
-    return x_BD, x_BD + 0.5 * torch.randn(B, D), codes_BF, torch.arange(F).expand(B, F)
+    return x_BD, x_BD + 0.5 * torch.randn(B, D), codes_BF
+
+
+def errors(metric: Metric, rows: slice) -> None:
+    x_BD, x_hat_BD, _ = data()
+    metric.update(x_BD[rows], x_hat_BD[rows])
+
+
+def firings(metric: Metric, rows: slice) -> None:
+    codes_BF = data()[2][rows]
+    metric.update((codes_BF > 0).sum(0), len(codes_BF))
 
 
 def cases() -> list[Any]:
-    x_BD, x_hat_BD, codes_BF, ids_BF = data()
+    x_BD, x_hat_BD, codes_BF = data()
     mean_D = x_BD.mean(0)
     fvu = ((x_BD - x_hat_BD) ** 2).sum() / ((x_BD - mean_D) ** 2).sum()
     return [
-        pytest.param(lambda: FVU(mean_D), (x_BD, x_hat_BD), fvu, id="fvu"),
-        pytest.param(MSE, (x_BD, x_hat_BD), ((x_BD - x_hat_BD) ** 2).mean(), id="mse"),
-        pytest.param(L0, (codes_BF,), (codes_BF != 0).sum(1).float().mean(), id="l0"),
-        pytest.param(lambda: FiringDensity(F), (ids_BF, codes_BF), (codes_BF > 0).float().mean(0), id="firing"),
+        pytest.param(lambda: FVU(mean_D), errors, fvu, id="fvu"),
+        pytest.param(MSE, errors, ((x_BD - x_hat_BD) ** 2).mean(), id="mse"),
+        pytest.param(L0, firings, (codes_BF != 0).sum(1).float().mean(), id="l0"),
+        pytest.param(lambda: FiringDensity(F), firings, (codes_BF > 0).float().mean(0), id="firing"),
     ]
 
 
-@pytest.mark.parametrize(("make", "arguments", "truth"), cases())
+@pytest.mark.parametrize(("make", "update", "truth"), cases())
 def test_batches_and_ranks_merge_to_the_plain_formula(
-    make: Callable[[], Metric], arguments: tuple[Tensor, ...], truth: Tensor
+    make: Callable[[], Metric], update: Callable[[Metric, slice], None], truth: Tensor
 ) -> None:
     ranks = [make(), make()]
     for rank, metric in enumerate(ranks):
-        for start in (0, 1, 130):
-            stop = {0: 1, 1: 130, 130: 300}[start]
-            metric.update(*(a[300 * rank + start : 300 * rank + stop] for a in arguments))
+        for start, stop in ((0, 1), (1, 130), (130, 300)):
+            update(metric, slice(300 * rank + start, 300 * rank + stop))
     merged = make()
     for name in merged._defaults:
         merged_state = torch.stack([getattr(metric, name) for metric in ranks]).sum(0)
@@ -58,7 +67,7 @@ def test_batches_and_ranks_merge_to_the_plain_formula(
 
 def test_fvu_about_zero_would_look_better() -> None:
     """Field notes: a tool that took zero for the mean reported 0.98 explained where the truth was 0.78."""
-    x_BD, x_hat_BD, _, _ = data()
+    x_BD, x_hat_BD, _ = data()
     metric = FVU(x_BD.mean(0))
     metric.update(x_BD, x_hat_BD)
     about_zero = float(((x_BD - x_hat_BD) ** 2).sum() / (x_BD**2).sum())
@@ -68,13 +77,15 @@ def test_fvu_about_zero_would_look_better() -> None:
 def test_dead_latents_count_in_samples_beyond_what_fp32_holds() -> None:
     metric = DeadLatents(d_sae=3, window_samples=100)
     clock = 2**24 + 1  # fp32 would round it to 2^24
-    ids = torch.tensor([[0, 1], [1, 2]])
-    metric.update(ids, torch.tensor([[1.0, 0.0], [0.5, 2.0]]), samples=clock)
+    metric.update(torch.tensor([1, 1, 3]), samples=clock)
     assert metric.last_fired_F.tolist() == [clock, clock, clock]
-    metric.update(ids, torch.tensor([[0.0, 1.0], [1.0, 0.0]]), samples=clock + 101)
+    metric.update(torch.tensor([0, 2, 0]), samples=clock + 100)
+    assert int(metric.compute()) == 0  # silent for as long as the window, not longer
+    metric.update(torch.tensor([0, 2, 0]), samples=clock + 101)
     assert metric.dead_mask().tolist() == [True, False, True]
-    metric.update(ids[:1], torch.tensor([[1.0, 1.0]]), samples=clock + 101)
+    metric.update(torch.tensor([1, 1, 0]), samples=clock + 101)
     assert int(metric.compute()) == 1
+    assert metric.silent_mask(clock).tolist() == [False, False, True]
     state = metric.state_dict()
     fresh = DeadLatents(d_sae=3, window_samples=100)
     fresh.load_state_dict(state)
@@ -84,9 +95,7 @@ def test_dead_latents_count_in_samples_beyond_what_fp32_holds() -> None:
 
 def test_firing_histogram_counts_every_latent_that_fired() -> None:
     metric = FiringDensity(d_sae=4)
-    fired = torch.zeros(1000, 4)
-    fired[:, 0], fired[:10, 1], fired[:1, 2] = 1, 1, 1
-    metric.update(torch.arange(4).expand(1000, 4), fired)
+    metric.update(torch.tensor([1000, 10, 1, 0]), num_rows=1000)
     counts = metric.histogram()
     assert sum(counts) == 3
     assert [LOG10_EDGES[i] for i, count in enumerate(counts) if count] == [-3.0, -2.0, -0.25]
