@@ -36,12 +36,14 @@ from sparsepilot.config.resolvers import register_resolvers
 from sparsepilot.config.schema import register
 from sparsepilot.data.plan import CachePlan
 from sparsepilot.data.writer import CacheWriter, create, seal
+from sparsepilot.process_memory import ask_for_huge_pages
 from sparsepilot.reporting.environment import environment
 from sparsepilot.run import build_data, build_module, build_trainer, prepare_process
 from sparsepilot.run_folder import RunFolder
 from sparsepilot.training.module import TrainingModule
 from sparsepilot.training.trainee import Trainee
 
+ask_for_huge_pages()  # as train.py does
 ROOT = Path(__file__).resolve().parents[1]
 SITE = "activations"
 BUDGET_STEPS = 100_000

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
 TOP_PAD = 64 * 2**20
+
+
+def ask_for_huge_pages() -> None:
+    """Has torch ask Linux for huge pages for its tensors on CPU (where the system leaves the choice to programs); to be
+    called before the first tensor is made. Fewer page faults and misses of the page table: about 5% of a step."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def keep_freed_memory() -> bool:

@@ -38,7 +38,7 @@ class BatchTopK(Autoencoder):
         blocks: Blocks,
         d_sae: PositiveInt,
         k: PositiveFloat,
-        threshold_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99,
+        threshold_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(blocks, d_sae, **common)

@@ -47,7 +47,7 @@ class JumpReLU(Penalised):
         recipe: Literal["step", "tanh"] = "step",
         threshold: PositiveFloat | None = None,
         bandwidth: PositiveFloat | None = None,
-        threshold_lr_scale: PositiveFloat = 1.0,
+        threshold_lr_scale: PositiveFloat = 10.0,
         steepness: PositiveFloat = 4.0,
         **common: Unpack[Common],
     ) -> None:

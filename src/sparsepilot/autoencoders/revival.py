@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsepilot import losses
 from sparsepilot.ops.active import ActiveSet
-from sparsepilot.ops.product import TILE_ELEMENTS, EncoderProduct
+from sparsepilot.ops.product import EncoderProduct, tile_bytes
 from sparsepilot.ops.select import select_topk
 from sparsepilot.ops.sparse import decode_at, encode_at
 
@@ -144,8 +144,7 @@ class Resample(Revival):
 
 def _over_row_tiles(tile, num_columns: int, x_BD: Tensor, e_BD: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
     """Sum of `tile(x, e)` over tiles of rows, each computed again in the backward pass instead of being kept."""
-    budget = TILE_ELEMENTS.get(x_BD.device.type, TILE_ELEMENTS["cpu"])
-    rows = max(64, budget // num_columns)
+    rows = max(64, tile_bytes(x_BD.device) // (x_BD.element_size() * num_columns))
     parts = [
         checkpoint(tile, x, e, use_reentrant=False, preserve_rng_state=False)
         for x, e in zip(torch.split(x_BD, rows), torch.split(e_BD, rows), strict=True)

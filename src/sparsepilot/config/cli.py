@@ -20,10 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 from sparsepilot.config.resolvers import register_resolvers
 from sparsepilot.config.schema import register
 from sparsepilot.errors import ConfigError, SparsepilotError, nearest
+from sparsepilot.process_memory import ask_for_huge_pages
 
 
 def run(main: Callable[[], None]) -> None:
     """Runs a `@hydra.main` function, whose own body is `with user_errors():`."""
+    ask_for_huge_pages()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions to us instead of printing them
     register()
     register_resolvers()

@@ -13,10 +13,24 @@ from torch import Tensor
 
 from sparsepilot.ops.sparse import pair_dots, table_rows
 
-TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
-"""Elements of one tile: large enough for the matrix product to run at full speed."""
-SPARE = 16
-"""Candidates beyond k that are computed again in fp32 where the product ran in half precision."""
+TILE_BYTES = {"cpu": 2**25, "cuda": 2**30}
+"""Bytes of one tile: large enough for the matrix product to run at full speed."""
+
+
+def tile_bytes(device: torch.device) -> int:
+    """Bytes of one tile on a device."""
+    return TILE_BYTES.get(device.type, TILE_BYTES["cpu"])
+
+
+U_HALF = 2.0**-8
+"""Largest relative error of rounding to bfloat16 (float16's is smaller)."""
+
+
+def has_fast_half(device: torch.device) -> bool:
+    """Whether bfloat16 products run on matrix units here, several times as fast as fp32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 class Workspace:
@@ -44,8 +58,9 @@ class EncoderProduct:
         W_enc_FD: [F, D / readers].
         bias_F: [F].
         tile_latents: at most so many latents in a tile; None: all of them.
-        half: bfloat16 or float16 runs the product in it, with fp32 accumulation, the bias as two more columns (high and
-            low part), results rounded to it; `exact` then gives fp32 values where they are wanted. None: fp32.
+        half: bfloat16 runs the product in it, with fp32 accumulation. A tile then holds *upper bounds* of the fp32
+            values, and `exact` gives the values themselves where they are wanted. None: fp32.
+        certain: with `half`, selections must be those of fp32 (ops/select.py computes again what is in doubt).
         readers: sites that the latents read from, see ops/sparse.py.
     """
 
@@ -57,11 +72,13 @@ class EncoderProduct:
         workspace: Workspace,
         tile_latents: int | None = None,
         half: torch.dtype | None = None,
+        certain: bool = False,
         readers: int = 1,
     ) -> None:
         self.num_rows, self.num_latents = xc_BD.shape[0], W_enc_FD.shape[0]
         self.xc_BD, self.W_enc_FD, self.bias_F = xc_BD.contiguous(), W_enc_FD, bias_F
-        self.half, self.readers = half, readers
+        self.half, self.certain, self.readers = half, certain, readers
+        self.tile_latents = tile_latents
         self._workspace = workspace
         per_reader = self.num_latents // readers
         width = min(tile_latents or per_reader, per_reader)
@@ -70,8 +87,8 @@ class EncoderProduct:
             for reader in range(readers)
             for start in range(reader * per_reader, (reader + 1) * per_reader, width)
         ]
-        budget = TILE_ELEMENTS.get(xc_BD.device.type, TILE_ELEMENTS["cpu"])
-        self.tile_rows = max(1, min(self.num_rows, max(64, budget // width)))
+        per_element = 2 if half is not None else xc_BD.element_size()
+        self.tile_rows = max(1, min(self.num_rows, max(64, tile_bytes(xc_BD.device) // (per_element * width))))
         if half is not None:
             self._left, self._right = self._operands(half)
 
@@ -83,7 +100,8 @@ class EncoderProduct:
     def tile(self, rows: slice, latents: slice) -> Tensor:
         """[rows, latents] pre-activations, valid until the next call."""
         shape = (rows.stop - rows.start, latents.stop - latents.start)
-        out = self._workspace.get("tile", shape, self.xc_BD, self.half or self.xc_BD.dtype)
+        dtype = self.half or self.xc_BD.dtype
+        out = self._workspace.get(f"tile {dtype}", shape, self.xc_BD, dtype)
         reader = latents.start // (self.num_latents // self.readers)
         if self.half is not None:
             return torch.mm(self._left[reader][rows], self._right[latents].T, out=out)
@@ -97,19 +115,38 @@ class EncoderProduct:
         rows_P = table_rows(rows_P, ids_P, self.num_latents, self.readers)
         return pair_dots(table_TD, rows_P, self.W_enc_FD, ids_P, offsets_B) + self.bias_F[ids_P]
 
+    def in_full(self, rows: Tensor | slice) -> EncoderProduct:
+        """The fp32 product of some of the rows."""
+        return EncoderProduct(
+            self.xc_BD[rows], self.W_enc_FD, self.bias_F, self._workspace, self.tile_latents, readers=self.readers
+        )
+
     def _operands(self, half: torch.dtype) -> tuple[list[Tensor], Tensor]:
+        """Both factors in half precision with three more columns: the bias's high and low part, and what the rounding of
+        the factors can take away at most.
+
+        With x^ and w^ the rounded factors, |x^ w^ - x w| <= |x^ - x| |w^| + |x| |w^ - w| (Cauchy-Schwarz), where |x^ - x|
+        is computed and |w^ - w| <= U_HALF |w|; accumulation in fp32 adds far less than 2^-12 |x| |w|. The factor
+        1 + 4 U_HALF covers |w^| <= (1 + U_HALF) |w| and the rounding of these columns themselves.
+        """
         width = self.W_enc_FD.shape[1]
-        padded = -(-(width + 2) // 32) * 32  # whole vector registers
+        padded = -(-(width + 3) // 32) * 32  # whole vector registers
         lefts = []
         for reader in range(self.readers):
+            x_BD = self.xc_BD[:, reader * width : (reader + 1) * width]
             left = self._workspace.get(f"left{reader}", (self.num_rows, padded), self.xc_BD, half)
-            left[:, :width] = self.xc_BD[:, reader * width : (reader + 1) * width]
+            left[:, :width] = x_BD
+            lost_B = torch.linalg.vector_norm(left[:, :width] - x_BD, dim=1)
             left[:, width : width + 2] = 1
-            left[:, width + 2 :] = 0
+            left[:, width + 2] = (lost_B + (U_HALF + 2.0**-12) * torch.linalg.vector_norm(x_BD, dim=1)) * (
+                1 + 4 * U_HALF
+            )
+            left[:, width + 3 :] = 0
             lefts.append(left)
         right = self._workspace.get("right", (self.num_latents, padded), self.W_enc_FD, half)
         right[:, :width] = self.W_enc_FD
         right[:, width] = self.bias_F
-        right[:, width + 1] = self.bias_F - right[:, width]
-        right[:, width + 2 :] = 0
+        right[:, width + 1] = self.bias_F - right[:, width] + 2.0**-12 * self.bias_F.abs()
+        right[:, width + 2] = torch.linalg.vector_norm(self.W_enc_FD, dim=1)
+        right[:, width + 3 :] = 0
         return lefts, right

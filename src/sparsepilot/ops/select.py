@@ -1,8 +1,13 @@
 """Which latents are active, found tile by tile: local candidates, merged.
 
 Three selections cover every architecture: the k largest of each row, everything above a bound, and the n largest of a
-batch (over all ranks). Each walks the tiles of an `EncoderProduct`, so none sees more than a tile at once. Where the
-product ran in half precision, candidates are computed again in fp32 and the final choice is made among those.
+batch (over all ranks). Each walks the tiles of an `EncoderProduct`, so none sees more than a tile at once.
+
+Where the product ran in half precision, a tile holds upper bounds. What lies below the bound with its upper bound is
+out for certain; the rest is computed again in fp32, pair by pair, and the choice is made among those values. So
+thresholds and BatchTopK are exactly those of fp32 whatever the product ran in. For TopK, k and some more candidates are
+computed again; if the k-th of their values is no less than every other upper bound, nobody else can be among the k
+largest. Rows where that fails are computed again in full where the product is to be `certain`.
 """
 
 from __future__ import annotations
@@ -12,12 +17,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsepilot.ops.product import SPARE, EncoderProduct, Workspace
+from sparsepilot.ops.product import U_HALF, EncoderProduct, Workspace
 from sparsepilot.ops.topk import GROUP_SIZE, TopK, merge_topk, topk_grouped
 from sparsepilot.parallel.collectives import all_gather_concat, all_reduce_max_, all_reduce_sum_, num_ranks
 
-HALF_SLACK = 2.0**-5
-"""Half-precision products are wrong by less than this share of |x| |w| / sqrt(D) + |value|; checked by a test."""
+SPARE = 16
+"""Candidates beyond k whose fp32 values decide, where a selection need not be certain; several times as many where it
+must be, so that few rows are in doubt (measured on trained dictionaries, docs/log.md)."""
+SPARE_CERTAIN = 32
+MOST_IN_DOUBT = 0.25
+"""Above this share of rows in doubt the fp32 product of all rows is the cheaper way."""
 SAMPLE_ROWS = 64
 
 
@@ -31,22 +40,45 @@ class Pairs(NamedTuple):
 
 def select_topk(product: EncoderProduct, k: int) -> TopK:
     """The k largest of each row, in no particular order within the row."""
-    found = [_topk_of_rows(product, rows, k) for rows in product.row_tiles()]
-    top = TopK(torch.cat([f.values_BK for f in found]), torch.cat([f.ids_BK for f in found]))
     if product.half is None:
-        return top
-    num_rows, wide = top.ids_BK.shape
-    offsets_B = torch.arange(0, num_rows * wide, wide, device=top.ids_BK.device)
-    rows_P = torch.arange(num_rows, device=top.ids_BK.device).repeat_interleave(wide)
-    exact_BK = product.exact(rows_P, top.ids_BK.reshape(-1), offsets_B).view(num_rows, wide)
-    if wide == k:
-        return TopK(exact_BK, top.ids_BK)
+        return _joined([_topk_of_rows(product, rows, k) for rows in product.row_tiles()])
+    found = []
+    for rows in product.row_tiles():
+        top, in_doubt = _topk_by_bounds(product, rows, k)
+        if in_doubt.numel() > MOST_IN_DOUBT * top.ids_BK.shape[0]:
+            found.append(select_topk(product.in_full(slice(rows.start, product.num_rows)), k))
+            break
+        if in_doubt.numel() > 0:
+            again = select_topk(product.in_full(in_doubt + rows.start), k)
+            top.values_BK[in_doubt], top.ids_BK[in_doubt] = again.values_BK, again.ids_BK
+        found.append(top)
+    return _joined(found)
+
+
+def _joined(found: list[TopK]) -> TopK:
+    return TopK(torch.cat([f.values_BK for f in found]), torch.cat([f.ids_BK for f in found]))
+
+
+def _topk_by_bounds(product: EncoderProduct, rows: slice, k: int) -> tuple[TopK, Tensor]:
+    """The k largest among the candidates of a tile of rows, and the rows (counted within it) for which there might be
+    a larger value elsewhere; none where that need not be known."""
+    wide = min(k + (SPARE_CERTAIN if product.certain else SPARE), product.num_latents)
+    bounds = _topk_of_rows(product, rows, wide)
+    device = bounds.ids_BK.device
+    num_rows = rows.stop - rows.start
+    offsets_B = torch.arange(0, num_rows * wide, wide, device=device)
+    rows_P = torch.arange(rows.start, rows.stop, device=device).repeat_interleave(wide)
+    exact_BK = product.exact(rows_P, bounds.ids_BK.reshape(-1), offsets_B).view(num_rows, wide)
     best = torch.topk(exact_BK, k, dim=-1, sorted=False)
-    return TopK(best.values, top.ids_BK.gather(1, best.indices))
+    top = TopK(best.values, bounds.ids_BK.gather(1, best.indices))
+    if not product.certain or wide == product.num_latents:
+        return top, torch.empty(0, dtype=torch.int64, device=device)
+    others_B = bounds.values_BK.amin(dim=1).float()
+    others_B += 2 * U_HALF * others_B.abs()  # the bound itself was rounded
+    return top, (best.values.amin(dim=1) < others_B).nonzero().squeeze(1)
 
 
-def _topk_of_rows(product: EncoderProduct, rows: slice, k: int) -> TopK:
-    wanted = k if product.half is None else min(k + SPARE, product.num_latents)
+def _topk_of_rows(product: EncoderProduct, rows: slice, wanted: int) -> TopK:
     merged: TopK | None = None
     for latents in product.latent_tiles:
         pre = product.tile(rows, latents)
@@ -59,8 +91,8 @@ def _topk_of_rows(product: EncoderProduct, rows: slice, k: int) -> TopK:
 
 def select_above(product: EncoderProduct, bound: float | Tensor) -> Pairs:
     """Every pair whose value is above `bound` (a number, or a scalar tensor)."""
-    # a half-precision value may lie on the wrong side: look further, then decide on exact values
-    lower = bound if product.half is None else (bound - _slack_B1(product, bound)).to(product.half)
+    # the upper bounds of a half-precision product were rounded themselves
+    lower = bound if product.half is None else bound - 2 * U_HALF * abs(bound) - 1e-30
     found = [_above(product, rows, latents, lower) for rows in product.row_tiles() for latents in product.latent_tiles]
     pairs = Pairs(*(torch.cat(part) for part in zip(*found, strict=True)))
     if len(product.latent_tiles) > 1:  # tiles of one row lie apart
@@ -78,22 +110,10 @@ def _exactly_above(product: EncoderProduct, pairs: Pairs, bound: float | Tensor)
     return Pairs(pairs.rows_P[keep_P], pairs.ids_P[keep_P], values_P[keep_P])
 
 
-def _slack_B1(product: EncoderProduct, bound: float | Tensor) -> Tensor:
-    """Row by row: one row of a huge norm must not make candidates of the others' pairs."""
-    x_norms_B1 = torch.linalg.vector_norm(product.xc_BD, dim=1, keepdim=True)
-    scale_B1 = x_norms_B1 * torch.linalg.vector_norm(product.W_enc_FD, dim=1).amax()
-    slack_B1: Tensor = HALF_SLACK * (scale_B1 / product.W_enc_FD.shape[1] ** 0.5 + abs(bound))
-    return slack_B1
-
-
 def _above(product: EncoderProduct, rows: slice, latents: slice, bound: float | Tensor) -> Pairs:
-    """`bound` is a number, a scalar or [B, 1].
-
-    Most groups of 16 columns hold nothing above the bound: their maximum says so without looking at each entry."""
+    """Most groups of 16 columns hold nothing above the bound: their maximum says so without looking at each entry."""
     pre = product.tile(rows, latents)
     num_rows, width = pre.shape
-    bound_b1 = bound[rows] if isinstance(bound, Tensor) and bound.ndim == 2 else None
-    bound = bound if bound_b1 is None else bound_b1
     if width % GROUP_SIZE:
         rows_P, ids_P = (pre > bound).nonzero(as_tuple=True)
     else:
@@ -102,8 +122,7 @@ def _above(product: EncoderProduct, rows: slice, latents: slice, bound: float | 
         rows_Q, groups_Q = (groups_BsG.amax(dim=1) > bound).nonzero(as_tuple=True)
         members_s = torch.arange(0, width, num_groups, device=pre.device)
         flat_Qs = (rows_Q * width + groups_Q)[:, None] + members_s
-        bound_Q1 = bound if bound_b1 is None else bound_b1[rows_Q]
-        hit_P = (pre.view(-1)[flat_Qs] > bound_Q1).view(-1).nonzero().squeeze(1)
+        hit_P = (pre.view(-1)[flat_Qs] > bound).view(-1).nonzero().squeeze(1)
         flat_P = flat_Qs.view(-1)[hit_P]
         rows_P = torch.div(flat_P, width, rounding_mode="floor")
         ids_P = flat_P - rows_P * width

@@ -83,7 +83,7 @@ def test_tiles_change_nothing(monkeypatch, architecture: str, blocks: str, tile_
     how = PreActivation(0.02) if architecture == "jumprelu-tanh" else AuxK(3, 0.5)
     options = {"revival": how, "prefixes": FixedPrefixes([0.3]), "tile_latents": tile_latents}
     whole = both_paths(architecture, blocks, monkeypatch, 30, **options)
-    monkeypatch.setitem(product.TILE_ELEMENTS, "cpu", 1)  # 64 rows, so two tiles
+    monkeypatch.setitem(product.TILE_BYTES, "cpu", 1)  # 64 rows, so two tiles
     tiled = both_paths(architecture, blocks, monkeypatch, 30, **options)
     for pair in zip(whole, tiled, strict=True):
         assert_equal_steps(list(pair))

@@ -182,7 +182,7 @@ def test_one_huge_row_does_not_make_candidates_of_all_pairs(monkeypatch) -> None
 
 
 def test_tiles_follow_the_budget(monkeypatch) -> None:
-    monkeypatch.setitem(product_module.TILE_ELEMENTS, "cpu", 100 * 30)
+    monkeypatch.setitem(product_module.TILE_BYTES, "cpu", 4 * 100 * 30)
     case = integers(250, 4, 70, 2, 0, 1.0, 0)
     product = case.product(tile_latents=30)
     assert [(t.start, t.stop) for t in product.latent_tiles] == [
