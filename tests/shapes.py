@@ -19,6 +19,9 @@ from sparsepilot.autoencoders.topk import TopK
 B, F = 70, 96
 SAMPLES, BATCH, TOTAL = 2000, 100, 10_000
 
+DENSE_ABOVE = 1 / 24
+"""Of the models that `make` makes; a test may change it, so that they take the sparse (1.0) or the dense path (0.0)."""
+
 Make = Callable[..., Autoencoder]
 
 ARCHITECTURES: dict[str, Make] = {
@@ -47,6 +50,7 @@ BLOCKS: dict[str, Blocks] = {
 def make(architecture: str, blocks: str, seed: int = 0, **common: Any) -> Autoencoder:
     """A model whose parameters all differ from their start, as in the middle of a run."""
     torch.manual_seed(seed)
+    common.setdefault("dense_above", DENSE_ABOVE)
     model = ARCHITECTURES[architecture](BLOCKS[blocks], **common)
     with torch.no_grad():
         model.initialise(0.1 * torch.randn(model.d_in), 0.1 * torch.randn(model.d_out), 7.0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import shapes
 import torch
 from shapes import BATCH, TOTAL, assert_same, dead_ids, gradients, make, moment, rows
 from torch import Tensor
@@ -15,6 +16,11 @@ from sparsepilot.autoencoders.gated import Gated
 from sparsepilot.autoencoders.jumprelu import JumpReLU
 from sparsepilot.autoencoders.relu import ReLU
 from sparsepilot.autoencoders.revival import PreActivation
+
+
+@pytest.fixture(autouse=True, params=[1.0, 0.0], ids=["sparse", "dense"])
+def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "DENSE_ABOVE", request.param)
 
 
 def pre_of(model: Autoencoder, x_BD: Tensor) -> Tensor:

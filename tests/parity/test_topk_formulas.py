@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import shapes
 import torch
 from shapes import BATCH, TOTAL, F, assert_same, dead_ids, gradients, make, moment, rows
 from torch import Tensor
@@ -11,6 +12,11 @@ from sparsepilot.autoencoders.base import Autoencoder
 from sparsepilot.autoencoders.batchtopk import BatchTopK
 from sparsepilot.autoencoders.prefixes import FixedPrefixes, RandomPrefixes
 from sparsepilot.autoencoders.revival import AuxK
+
+
+@pytest.fixture(autouse=True, params=[1.0, 0.0], ids=["sparse", "dense"])
+def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "DENSE_ABOVE", request.param)
 
 
 def pre_of(model: Autoencoder, x_BD: Tensor) -> Tensor:
