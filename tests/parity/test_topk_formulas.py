@@ -114,7 +114,7 @@ def test_batchtopk_and_its_threshold() -> None:
         model.close_step(step.terms, now)
     average = smallest[0]
     for value in smallest[1:]:
-        average = 0.99 * average + 0.01 * value
+        average = 0.95 * average + 0.05 * value
     assert float(model.threshold) == pytest.approx(average, rel=1e-6)
     with torch.no_grad():
         pre_BF = pre_of(model, x_BD)

@@ -122,12 +122,12 @@ class EncoderProduct:
         )
 
     def _operands(self, half: torch.dtype) -> tuple[list[Tensor], Tensor]:
-        """Both factors in half precision with three more columns: the bias's high and low part, and what the rounding of
-        the factors can take away at most.
+        """Both factors in half precision with three more columns: the bias's high and low part, and what the rounding
+        of the factors can take away at most.
 
-        With x^ and w^ the rounded factors, |x^ w^ - x w| <= |x^ - x| |w^| + |x| |w^ - w| (Cauchy-Schwarz), where |x^ - x|
-        is computed and |w^ - w| <= U_HALF |w|; accumulation in fp32 adds far less than 2^-12 |x| |w|. The factor
-        1 + 4 U_HALF covers |w^| <= (1 + U_HALF) |w| and the rounding of these columns themselves.
+        With x^ and w^ the rounded factors, |x^ w^ - x w| <= |x^ - x| |w^| + |x| |w^ - w| (Cauchy-Schwarz), where
+        |x^ - x| is computed and |w^ - w| <= U_HALF |w|; accumulation in fp32 adds far less than 2^-12 |x| |w|. The
+        factor 1 + 4 U_HALF covers |w^| <= (1 + U_HALF) |w| and the rounding of these columns themselves.
         """
         width = self.W_enc_FD.shape[1]
         padded = -(-(width + 3) // 32) * 32  # whole vector registers
@@ -138,9 +138,8 @@ class EncoderProduct:
             left[:, :width] = x_BD
             lost_B = torch.linalg.vector_norm(left[:, :width] - x_BD, dim=1)
             left[:, width : width + 2] = 1
-            left[:, width + 2] = (lost_B + (U_HALF + 2.0**-12) * torch.linalg.vector_norm(x_BD, dim=1)) * (
-                1 + 4 * U_HALF
-            )
+            norms_B = torch.linalg.vector_norm(x_BD, dim=1)
+            left[:, width + 2] = (lost_B + (U_HALF + 2.0**-12) * norms_B) * (1 + 4 * U_HALF)
             left[:, width + 3 :] = 0
             lefts.append(left)
         right = self._workspace.get("right", (self.num_latents, padded), self.W_enc_FD, half)

@@ -92,7 +92,9 @@ def _topk_of_rows(product: EncoderProduct, rows: slice, wanted: int) -> TopK:
 def select_above(product: EncoderProduct, bound: float | Tensor) -> Pairs:
     """Every pair whose value is above `bound` (a number, or a scalar tensor)."""
     # the upper bounds of a half-precision product were rounded themselves
-    lower = bound if product.half is None else bound - 2 * U_HALF * abs(bound) - 1e-30
+    lower = bound
+    if product.half is not None:
+        lower = bound - max(bound, -bound) * (2 * U_HALF) - 1e-30
     found = [_above(product, rows, latents, lower) for rows in product.row_tiles() for latents in product.latent_tiles]
     pairs = Pairs(*(torch.cat(part) for part in zip(*found, strict=True)))
     if len(product.latent_tiles) > 1:  # tiles of one row lie apart
