@@ -68,8 +68,7 @@ def wire(data: ActivationData, sites: list[str] | ReadWrite | None = None, skip:
         found = []
         for name in expand_sites(patterns, data.sites, field):
             s = data.cache.stats(name)
-            scale = (widths[name] / s.mean_sq_norm) ** 0.5
-            found.append(SiteStats(name, columns[name], s.mean_D, s.variance_D, scale))
+            found.append(SiteStats(name, columns[name], s.mean_D, s.variance_D, s.scale))
         return found
 
     if not isinstance(sites, dict):

@@ -53,4 +53,4 @@ class Ramp(Controller):
     def _at(self, samples: int) -> float:
         done = (samples / self.total_samples - self.begin) / (self.until - self.begin)
         value = self.start + (self.end - self.start) * min(1.0, max(0.0, done))
-        return min(self.high, max(self.low, value))
+        return float(min(self.high, max(self.low, value)))
