@@ -20,4 +20,4 @@ def aux_k(sq_error: Tensor, mean_sq_residual: Tensor) -> Tensor:
         mean_sq_residual: E||e||^2 per row. Training passes the previous optimizer step's all-reduced value: it moves
             slowly, needs no collective inside the forward pass, and is the same for any split of the batch.
     """
-    return sq_error / mean_sq_residual
+    return sq_error / mean_sq_residual.clamp_min(1e-30)  # a perfect reconstruction leaves nothing to explain

@@ -17,7 +17,7 @@ from sparsepilot.autoencoders.prefixes import Prefixes
 from sparsepilot.autoencoders.revival import NoRevival, Revival
 from sparsepilot.errors import ConfigError
 from sparsepilot.ops.active import ActiveSet
-from sparsepilot.ops.product import EncoderProduct, Workspace, has_fast_half
+from sparsepilot.ops.product import EncoderProduct, Workspace, has_fast_half, tile_bytes
 from sparsepilot.ops.sparse import at_pairs, decode_at, decode_plain, encode_at, encode_plain
 
 DENSE_ABOVE = 1 / 24
@@ -358,7 +358,7 @@ class Autoencoder(nn.Module, ABC):
 
     def _dense(self, x_BD: Tensor, y_BD: Tensor, dense: Dense, now: Moment) -> _Sums:
         """The same sums over tiles of rows; each tile is computed again in the backward pass instead of being kept."""
-        tile_rows = EncoderProduct(x_BD, self.W_enc, self.b_enc, self._workspace, self.tile_latents).tile_rows
+        tile_rows = max(64, tile_bytes(x_BD.device) // (x_BD.element_size() * self.d_sae))
         tiles: list[_Sums] = []
         for x, y in zip(torch.split(x_BD, tile_rows), torch.split(y_BD, tile_rows), strict=True):
             if torch.is_grad_enabled():

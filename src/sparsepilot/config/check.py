@@ -152,7 +152,7 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
     if str(trainer.get("precision", "32-true")) not in PRECISIONS:
         raise ConfigError(
             f"trainer.precision = {trainer['precision']!r}: should be one of {', '.join(PRECISIONS)}; parameters, "
-            "losses and the chosen latents' values are fp32 in all of them"
+            "their gradients and losses are fp32 in all of them"
         )
     devices = trainer.get("devices", 1)
     if (
