@@ -200,7 +200,7 @@ def calibrate(trainee: Trainee, x_BD: torch.Tensor, l0: float) -> float:
     most, as in a trained dictionary, but nothing here is trained: which rows and latents meet is not as later.
     """
     sae = trainee.autoencoder
-    scaled_BD = x_BD[:, trainee.columns].float() * trainee.scale
+    scaled_BD = trainee.scaled(x_BD)[0]
     threshold = getattr(sae, "log_threshold", None)
     moved_F, sign, reach = (sae.b_enc, -1.0, 1e3) if threshold is None else (threshold, 1.0, 30.0)
     start_F = moved_F.clone()
