@@ -3,7 +3,7 @@
     python benchmarks/side_by_side.py --scratch /tmp/steps --arch topk --peers-python .venv-peers/bin/python \\
         --rounds 7 --json topk.json
     python benchmarks/side_by_side.py --scratch /tmp/steps --arch jumprelu --l0 32 --peers-python ... --hugetlb
-    python benchmarks/side_by_side.py --scratch /tmp/steps --arch topk --ours 'no AuxK=model.aux_k_coefficient=0'
+    python benchmarks/side_by_side.py --scratch /tmp/steps --arch topk --ours 'no AuxK=model/revival=none'
 
 How the peers' environment is made, and what a candidate's name means, stands in `benchmarks/peers/steps.py`. Every
 candidate is a process of its own that takes one step when it is told so; only one works at a time, in rounds: first
