@@ -49,9 +49,8 @@ def main() -> None:
         close_BK = (values_BK - wanted_BK).abs() <= 1e-5 * (1 + wanted_BK.abs())
         return float((~close_BK.all(dim=1)).double().mean())
 
-    print(
-        f"{len(xc_BD):,} rows, d_sae {len(W_enc_FD):,}, k {k}, encoder norms {W_enc_FD.norm(dim=1).mean():.2f} on average"
-    )
+    norm = float(W_enc_FD.norm(dim=1).mean())
+    print(f"{len(xc_BD):,} rows, d_sae {len(W_enc_FD):,}, k {k}, mean norm of encoder rows {norm:.2f}")
     print("| spare | rows in doubt | wrong without a second look | wrong |")
     print("|---|---|---|---|")
     for spare in (0, 8, 16, 32, 64):

@@ -215,3 +215,17 @@ def test_a_member_that_fails_does_not_stop_a_sweep(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "model.k = 9000: at most model.d_sae = 64" in done.stderr
     assert (tmp_path / "runs" / "3" / "summary.json").exists()
+
+
+@pytest.mark.slow  # the compiler takes some ten seconds
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own, while it traces
+def test_a_compiled_run_has_the_same_names_and_numbers(train_tiny, tmp_path: Path) -> None:
+    words = ("model=jumprelu", "model.recipe=tanh", "model.dense_above=0.0", "samples=1024")
+    plain_run = train_tiny(*words, f"run_dir={tmp_path}/plain")
+    compiled = train_tiny(*words, "compile=true", f"run_dir={tmp_path}/compiled")
+    assert compiled["metrics"]["train/loss"] == pytest.approx(plain_run["metrics"]["train/loss"], rel=1e-4)
+    names = [
+        set(torch.load(list_checkpoints(tmp_path / name / "checkpoints")[0][1], weights_only=True)["state_dict"])
+        for name in ("plain", "compiled")
+    ]
+    assert names[0] == names[1]
