@@ -151,7 +151,7 @@ class Autoencoder(nn.Module, ABC):
         d_sae: number of latents.
         revival: what is done about dead latents; None: nothing.
         prefixes: Matryoshka's nested reconstructions; None: the whole dictionary only.
-        tile_latents: the encoder product runs over so many latents at a time; None: all.
+        tile_latents: the encoder product runs over so many latents at a time; None: as many as suit its tiles.
         dense_above: share of active pairs above which the step runs dense, tile by tile.
         half_product: the product that finds the active latents runs in bfloat16, and what its rounding leaves in doubt
             is computed again: the same choice and the same fp32 values, several times as fast on matrix units. None:

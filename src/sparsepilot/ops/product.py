@@ -17,6 +17,10 @@ TILE_BYTES = {"cpu": 2**25, "cuda": 2**30}
 """Bytes of one tile: large enough for the matrix product to run at full speed."""
 
 
+FULL_SPEED_ROWS = 512
+"""Rows that a tile should have at least: with fewer the product is slower."""
+
+
 def tile_bytes(device: torch.device) -> int:
     """Bytes of one tile on a device."""
     return TILE_BYTES.get(device.type, TILE_BYTES["cpu"])
@@ -57,7 +61,7 @@ class EncoderProduct:
         xc_BD: [B, D] inputs, b_in subtracted.
         W_enc_FD: [F, D / readers].
         bias_F: [F].
-        tile_latents: at most so many latents in a tile; None: all of them.
+        tile_latents: at most so many latents in a tile; None: as many as leave it 512 rows.
         half: bfloat16 runs the product in it, with fp32 accumulation. A tile then holds *upper bounds* of the fp32
             values, and `exact` gives the values themselves where they are wanted. None: fp32.
         certain: with `half`, selections must be those of fp32 (ops/select.py computes again what is in doubt).
@@ -80,15 +84,16 @@ class EncoderProduct:
         self.half, self.certain, self.readers = half, certain, readers
         self.tile_latents = tile_latents
         self._workspace = workspace
+        per_element = 2 if half is not None else xc_BD.element_size()
+        tile_elements = tile_bytes(xc_BD.device) // per_element
         per_reader = self.num_latents // readers
-        width = min(tile_latents or per_reader, per_reader)
+        width = min(tile_latents or max(16, tile_elements // FULL_SPEED_ROWS), per_reader)
         self.latent_tiles = [
             slice(start, min(start + width, reader * per_reader + per_reader))
             for reader in range(readers)
             for start in range(reader * per_reader, (reader + 1) * per_reader, width)
         ]
-        per_element = 2 if half is not None else xc_BD.element_size()
-        self.tile_rows = max(1, min(self.num_rows, max(64, tile_bytes(xc_BD.device) // (per_element * width))))
+        self.tile_rows = max(1, min(self.num_rows, max(64, tile_elements // width)))
         if half is not None:
             self._left, self._right = self._operands(half)
 
