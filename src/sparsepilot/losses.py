@@ -3,6 +3,7 @@ that micro-batches and ranks add up to the loss of one big batch."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,12 +13,13 @@ def squared_error(y_BD: Tensor, y_hat_BD: Tensor) -> Tensor:
     return F.mse_loss(y_hat_BD, y_BD, reduction="sum")  # one pass each way
 
 
-def aux_k(sq_error: Tensor, mean_sq_residual: Tensor) -> Tensor:
+def aux_k(sq_error: Tensor, mean_sq_residual: Tensor, floor: float = 0.0) -> Tensor:
     """AuxK (Gao et al. 2024, arXiv 2406.04093): ||e - e_hat||^2 / ||e||^2 for the residual e = y - y_hat.
 
     Args:
         sq_error: mean over rows of ||e - e_hat||^2, where e_hat is decoded from dead latents without b_dec.
         mean_sq_residual: E||e||^2 per row. Training passes the previous optimizer step's all-reduced value: it moves
             slowly, needs no collective inside the forward pass, and is the same for any split of the batch.
+        floor: where the residual is no more than this, there is nothing left to explain and the loss is 0.
     """
-    return sq_error / mean_sq_residual.clamp_min(1e-30)  # a perfect reconstruction leaves nothing to explain
+    return sq_error * torch.where(mean_sq_residual > floor, 1 / mean_sq_residual, 0.0)

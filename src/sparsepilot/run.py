@@ -34,6 +34,7 @@ from sparsepilot.config.check import check
 from sparsepilot.config.instantiate import instantiate
 from sparsepilot.controllers.base import Controller
 from sparsepilot.data.datamodule import ActivationData
+from sparsepilot.errors import ConfigError
 from sparsepilot.interop import dictionary
 from sparsepilot.interop.fold import fold
 from sparsepilot.process_memory import keep_freed_memory
@@ -113,6 +114,8 @@ def prepare_process(cfg: DictConfig) -> None:
     torch.use_deterministic_algorithms(True)
     # filling every fresh tensor would cost more than the sparse step; no kernel here reads memory that it did not write
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # bfloat16 products add up in fp32: the bounds of ops/product.py rely on it
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     L.seed_everything(cfg.seed, verbose=False)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -177,6 +180,11 @@ def build_module(cfg: DictConfig, data: ActivationData) -> TrainingModule:
     wired = wire(data, **{name: model.pop(name) for name in WIRING if name in model})
     # a partial: Hydra would turn a dataclass among the arguments into a configuration node
     autoencoder: Autoencoder = instantiate({**model, "_partial_": True})(blocks=wired.blocks)
+    if autoencoder.architecture not in dictionary.OWN_TENSORS:
+        raise ConfigError(
+            f"model: {autoencoder.architecture!r} could be trained but not loaded again; say in interop/dictionary.py "
+            "which tensors it has and how it encodes"
+        )
     if cfg.compile:
         autoencoder.compile()
     controller: Controller = instantiate(cfg.controller)

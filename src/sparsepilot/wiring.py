@@ -41,6 +41,11 @@ def check_sites(sites: list[str] | ReadWrite | None = None, skip: bool = False) 
     if isinstance(sites, dict):
         if set(sites) - {"read", "write", "cross_layer"} or not sites.get("read") or not sites.get("write"):
             raise ConfigError(f"model.sites = {sites}: a transcoder wants read: [sites] and write: [sites]")
+        if skip and sites.get("cross_layer"):
+            raise ConfigError(
+                "model.skip = True: a linear skip over all layers would let later ones explain earlier ones; a "
+                "cross-layer transcoder has none"
+            )
     elif skip:
         raise ConfigError(
             "model.skip = True: only a transcoder has a skip; set model.sites={read: [...], write: [...]}"

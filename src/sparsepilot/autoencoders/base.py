@@ -427,6 +427,12 @@ class Autoencoder(nn.Module, ABC):
         """Weights of `extra_terms`."""
         return (1.0,) * len(self.extra_terms)
 
+    def paths(self) -> str:
+        """What the bits of a step, not its numbers, depend on: how it is computed here."""
+        half = self.half_product if self.half_product is not None else has_fast_half(self.W_enc.device)
+        compiled = "dense_tile" in self.__dict__
+        return f"half {half}, tiles of {self.tile_latents}, dense above {self.dense_above:g}, compiled {compiled}"
+
     def compile(self, *args: Any, **options: Any) -> None:
         """`torch.compile` for the dense path, where it fuses the elementwise work between two products. The sparse path
         has nothing to fuse and is left alone. Names in the state dict stay what they are."""

@@ -83,7 +83,10 @@ class JumpReLU(Penalised):
     def parameter_groups(self) -> list[dict[str, Any]]:
         rest = [p for p in self.parameters() if p is not self.log_threshold]
         betas = {"betas": (0.0, 0.999)} if self.recipe == "step" else {}
-        return [{"params": rest}, {"params": [self.log_threshold], "lr_scale": self.threshold_lr_scale, **betas}]
+        return [
+            {"params": rest},
+            {"params": [self.log_threshold], "lr_scale": self.threshold_lr_scale, "weight_decay": 0.0, **betas},
+        ]
 
     def inference_tensors(self) -> dict[str, Tensor]:
         return {**super().inference_tensors(), "threshold": self.thresholds().detach()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -35,12 +35,17 @@ class Prefixes(ABC):
             bag_P[order_P], active.ids_P[order_P], active.num_rows * num_segments, active.num_latents
         )
         parts = sparse.decode_at(codes_P.index_select(0, order_P), W_dec_FD, segments)
-        return parts.view(active.num_rows, num_segments, -1).cumsum(dim=1)
+        return _running_sums(list(parts.view(active.num_rows, num_segments, -1).unbind(dim=1)))
 
     def decode_plain(self, codes_BF: Tensor, W_dec_FD: Tensor, ends: Sequence[int]) -> Tensor:
         """The dense twin of `decode_at`."""
         parts = [sparse.decode_plain(codes_BF[:, a:b], W_dec_FD[a:b]) for a, b in pairwise((0, *ends))]
-        return torch.stack(parts, dim=1).cumsum(dim=1)
+        return _running_sums(parts)
+
+
+def _running_sums(parts: Sequence[Tensor]) -> Tensor:
+    """[B, G, D] from G times [B, D]; torch's cumsum has no deterministic form on CUDA."""
+    return torch.stack(list(accumulate(parts, torch.add)), dim=1)
 
 
 class FixedPrefixes(Prefixes):

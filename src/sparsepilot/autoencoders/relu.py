@@ -33,6 +33,7 @@ class ReLU(Penalised):
         coefficient: of the penalty; the knob.
         penalty: which one.
         steepness: of tanh and log.
+        decoder_norm: of decoder and encoder rows at the start.
         p_end: where p ends.
         p_steps: in so many equal steps, from `p_start_fraction` of the budget to its end.
     """
@@ -40,6 +41,8 @@ class ReLU(Penalised):
     architecture = "relu"
     unit_decoder = False
     penalty_scale: Tensor
+    p: Tensor
+    """scalar: the exponent of the present step; it never rises, also where a longer budget stretches its schedule"""
 
     def __init__(
         self,
@@ -62,6 +65,7 @@ class ReLU(Penalised):
         if penalty == "p":
             self.measures = ("sparsity_at_next_p",)
             self.register_buffer("penalty_scale", torch.ones(()))
+            self.register_buffer("p", torch.ones(()))
         self.shrink_decoder_(decoder_norm)
 
     def respond(self, pre: Tensor, at: Callable[[Tensor], Tensor], inner: Tensor | None, now: Moment) -> Response:
@@ -73,25 +77,29 @@ class ReLU(Penalised):
             return Response(codes, torch.tanh(self.steepness * sizes).sum())
         if self.penalty == "log":
             return Response(codes, torch.log1p(self.steepness * sizes).sum())
-        p, p_next = self._p(now.samples, now), self._p(now.samples + now.batch, now)
         with torch.no_grad():
-            at_next = _sum_of_powers(sizes, p_next)
-        return Response(codes, self.penalty_scale * _sum_of_powers(sizes, p), measures={"sparsity_at_next_p": at_next})
+            at_next = _sum_of_powers(sizes, self._next_p(now))
+        return Response(
+            codes, self.penalty_scale * _sum_of_powers(sizes, self.p), measures={"sparsity_at_next_p": at_next}
+        )
 
     def close_step(self, terms: dict[str, Tensor], now: Moment) -> None:
-        if self.penalty == "p" and self._p(now.samples + now.batch, now) != self._p(now.samples, now):
-            before, after = terms["sparsity"], terms["sparsity_at_next_p"]
-            # where nothing fired there is no size to keep: a scale of 0 would never come back
-            kept = torch.where(before > 0, before / after.clamp_min(1e-30), self.penalty_scale)
-            self.penalty_scale.copy_(kept)
+        if self.penalty != "p":
+            return
+        before, after, p_next = terms["sparsity"], terms["sparsity_at_next_p"], self._next_p(now)
+        # where nothing fired there is no size to keep: a scale of 0 would never come back
+        moves = (p_next < self.p) & (before > 0)
+        self.penalty_scale.copy_(torch.where(moves, before / after.clamp_min(1e-30), self.penalty_scale))
+        self.p.copy_(p_next)
 
     def activate(self, pre_BF: Tensor) -> Tensor:
         return pre_BF.relu()
 
-    def _p(self, samples: int, now: Moment) -> float:
-        """p in the step that ends at `samples` on the clock."""
-        done = (samples / now.total_samples - self.p_start_fraction) / (1 - self.p_start_fraction)
-        return p_at(done, self.p_end, self.p_steps)
+    def _next_p(self, now: Moment) -> Tensor:
+        """p in the next step."""
+        done = (now.samples + now.batch) / now.total_samples
+        done = (done - self.p_start_fraction) / (1 - self.p_start_fraction)
+        return self.p.clamp_max(p_at(done, self.p_end, self.p_steps))
 
 
 def p_at(done: float, p_end: float, p_steps: int) -> float:
@@ -104,7 +112,7 @@ def p_at(done: float, p_end: float, p_steps: int) -> float:
     return 1 + (p_end - 1) * step / p_steps
 
 
-def _sum_of_powers(sizes: Tensor, p: float) -> Tensor:
+def _sum_of_powers(sizes: Tensor, p: Tensor) -> Tensor:
     """sum u^p over u > 0; where u is 0 the derivative of u^p would be infinite."""
     positive = sizes > 0
     return (torch.where(positive, sizes, 1.0).pow(p) * positive).sum()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -66,7 +66,7 @@ class AuxK(Revival):
             sq_error = self._sparse(model, x_BD, e_BD, now.dead_ids_A, k)
         else:
             sq_error = self._dense(model, x_BD, e_BD, now.dead_ids_A, k)
-        return losses.aux_k(sq_error / len(x_BD), now.mean_sq_residual)
+        return losses.aux_k(sq_error / len(x_BD), now.mean_sq_residual, floor=1e-12 * model.total_variance)
 
     def _sparse(self, model: Autoencoder, x_BD: Tensor, e_BD: Tensor, ids_A: Tensor, k: int) -> Tensor:
         W_enc_AD, b_enc_A = model.W_enc.index_select(0, ids_A), model.b_enc.index_select(0, ids_A)
@@ -130,7 +130,10 @@ class Resample(Revival):
     """
 
     def __init__(
-        self, every_samples: PositiveInt | None = None, until: PositiveFloat = 0.75, encoder_scale: PositiveFloat = 0.2
+        self,
+        every_samples: PositiveInt | None = None,
+        until: Annotated[float, Field(gt=0, le=1)] = 0.75,
+        encoder_scale: PositiveFloat = 0.2,
     ) -> None:
         self.every_samples = every_samples
         self.until = until

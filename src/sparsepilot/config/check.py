@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
+from sparsepilot.config.instantiate import instantiate
 from sparsepilot.config.signature import check_fields, check_target
 from sparsepilot.errors import ConfigError
 from sparsepilot.lm import load as lm_load
@@ -31,6 +33,7 @@ def check(cfg: DictConfig) -> None:
     check_target("model", {k: v for k, v in plain["model"].items() if k not in WIRING}, given=("blocks",))
     check_target("controller", plain["controller"])
     check_target("optimizer", plain["optimizer"], given=("params",))
+    _try_optimizer(plain["optimizer"])
     check_target("schedule", plain["schedule"], given=("samples", "total_samples"))
     _check_data(plain)
     _check_trainer(plain["trainer"])
@@ -81,6 +84,16 @@ def _check_data(plain: dict[str, Any]) -> None:
         if from_lm:
             check_fields("lm", plain["lm"], lm_load.load)
             check_fields("text", plain["text"], lm_text.documents)
+
+
+def _try_optimizer(node: dict[str, Any]) -> None:
+    """Builds the optimizer once on a stand-in: what ranges its library has, it says itself."""
+    stand_in = [{"params": [torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))]}]
+    try:
+        instantiate(node, _convert_="all")(stand_in)
+    except (ValueError, TypeError) as error:
+        fields = ", ".join(f"{k}={v}" for k, v in node.items() if not k.startswith("_"))
+        raise ConfigError(f"optimizer ({fields}): {error}") from error
 
 
 def _check_numbers(plain: dict[str, Any]) -> None:
@@ -184,6 +197,12 @@ def _check_relations(plain: dict[str, Any]) -> None:
     streams = plain["data"].get("num_streams", 64)
     if model.get("k") is not None and model.get("d_sae") is not None and model["k"] > model["d_sae"]:
         raise ConfigError(f"model.k = {model['k']}: at most model.d_sae = {model['d_sae']} latents can be active")
+    anneal_from = model.get("anneal_k_from")
+    if anneal_from is not None and not model["k"] <= anneal_from <= model["d_sae"]:
+        raise ConfigError(
+            f"model.anneal_k_from = {anneal_from}: should lie between model.k = {model['k']} and model.d_sae = "
+            f"{model['d_sae']}; k falls from it"
+        )
     aux_k = (model.get("revival") or {}).get("aux_k")
     if aux_k is not None and aux_k > model["d_sae"]:
         raise ConfigError(f"model.revival.aux_k = {aux_k}: at most model.d_sae = {model['d_sae']}")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Literal
 
+KNOB_FIELDS = {"k": "model.k", "penalty": "model.coefficient"}
+"""Where a knob's own value stands in the configuration."""
+
 
 class Controller(ABC):
     """Turns the knob of one autoencoder.

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat
 
-from sparsepilot.controllers.base import Controller
+from sparsepilot.controllers.base import KNOB_FIELDS, Controller
 from sparsepilot.errors import ConfigError
 
 
@@ -25,9 +25,8 @@ class Constant(Controller):
     def bind(self, kind: Literal["k", "penalty"], initial: float, low: float, high: float, total_samples: int) -> None:
         self.strength = float(initial if self._wanted is None else self._wanted)
         if not low <= self.strength <= high:
-            raise ConfigError(
-                f"controller.strength = {self.strength:g}: this model's {kind} lies between {low:g} and {high:g}"
-            )
+            field = KNOB_FIELDS[kind] if self._wanted is None else "controller.strength"
+            raise ConfigError(f"{field} = {self.strength:g}: this model's {kind} lies between {low:g} and {high:g}")
 
     def update(self, measured: float | None, samples: int) -> float:
         return self.strength

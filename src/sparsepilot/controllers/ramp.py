@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat
 
-from sparsepilot.controllers.base import Controller
+from sparsepilot.controllers.base import KNOB_FIELDS, Controller
 from sparsepilot.errors import ConfigError
 
 
@@ -43,7 +43,10 @@ class Ramp(Controller):
         self.end = float(initial if self._wanted is None else self._wanted)
         self.low, self.high = low, high
         if not low <= self.end <= high:
-            raise ConfigError(f"controller.end = {self.end:g}: this model's {kind} lies between {low:g} and {high:g}")
+            field = KNOB_FIELDS[kind] if self._wanted is None else "controller.end"
+            raise ConfigError(f"{field} = {self.end:g}: this model's {kind} lies between {low:g} and {high:g}")
+        if self.start > high:
+            raise ConfigError(f"controller.start = {self.start:g}: this model's {kind} is at most {high:g}")
         self.strength = self._at(0)
 
     def update(self, measured: float | None, samples: int) -> float:

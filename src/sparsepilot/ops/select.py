@@ -22,9 +22,9 @@ from sparsepilot.ops.topk import GROUP_SIZE, TopK, merge_topk, topk_grouped
 from sparsepilot.parallel.collectives import all_gather_concat, all_reduce_max_, all_reduce_sum_, num_ranks
 
 SPARE = 16
-"""Candidates beyond k whose fp32 values decide, where a selection need not be certain; several times as many where it
-must be, so that few rows are in doubt (measured on trained dictionaries, docs/log.md)."""
+"""Candidates beyond k whose fp32 values decide, where a selection need not be certain."""
 SPARE_CERTAIN = 32
+"""More of them where it must be, so that few rows are in doubt: 0.7% on a trained dictionary (docs/benchmarks.md)."""
 MOST_IN_DOUBT = 0.25
 """Above this share of rows in doubt the fp32 product of all rows is the cheaper way."""
 SAMPLE_ROWS = 64

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
@@ -43,7 +43,7 @@ class MuonWithAdam(Optimizer):
         params: ParamsT,
         lr: PositiveFloat = 1e-3,
         momentum: Momentum = 0.95,
-        ns_steps: PositiveInt = 5,
+        ns_steps: Annotated[int, Field(ge=1, lt=100)] = 5,
         weight_decay: NonNegativeFloat = 0.0,
         betas: tuple[Momentum, Momentum] = (0.9, 0.999),
         eps: NonNegativeFloat = 1e-8,

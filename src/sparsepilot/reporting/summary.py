@@ -39,6 +39,7 @@ def print_end(console: Console, folder: RunFolder, summary: Mapping[str, Any], d
         f"  {python} scripts/report.py run_dir={folder.path}   # draw it\n"
         f"  {python} -c \"import sparsepilot; print(sparsepilot.load('{folder.path}'))\"   # use it",
         highlight=False,
+        markup=False,
     )
 
 

@@ -239,8 +239,8 @@ class TrainingModule(L.LightningModule):
                     "use the same model"
                 )
         self.samples = saved["samples"]
-        differing = [f"{k} was {v}, is {self._made_with()[k]}" for k, v in saved["made_with"].items()
-                     if v != self._made_with()[k]]  # fmt: skip
+        made_with = self._made_with()
+        differing = [f"{k} was {v}, is {made_with[k]}" for k, v in saved["made_with"].items() if v != made_with[k]]
         if differing:
             warnings.warn(
                 "resuming with the same order of data but not the same bits: " + "; ".join(differing), stacklevel=1
@@ -254,6 +254,8 @@ class TrainingModule(L.LightningModule):
             "threads": torch.get_num_threads(),
             "ranks": self.trainer.world_size,
             "accumulate": self.trainer.accumulate_grad_batches,
+            "precision": str(self.trainer.precision),
+            "paths": "; ".join(sorted({trainee.autoencoder.paths() for _, trainee in self.each()})),
         }
 
     def on_train_start(self) -> None:
