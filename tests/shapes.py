@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsepilot.autoencoders.base import Autoencoder, Moment
+from sparsepilot.autoencoders.base import Autoencoder
 from sparsepilot.autoencoders.batchtopk import BatchTopK
 from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.autoencoders.gated import Gated
 from sparsepilot.autoencoders.jumprelu import JumpReLU
 from sparsepilot.autoencoders.relu import ReLU
+from sparsepilot.autoencoders.step import Moment
 from sparsepilot.autoencoders.topk import TopK
 
 B, F = 70, 96

@@ -144,3 +144,13 @@ def test_matryoshka(random: bool) -> None:
         assert_trains_by(model, step.loss, loss)
     assert (seen[0] == seen[1]) == (not random)
     assert random or seen[0] == [10, 24, F]
+
+
+def test_aux_k_of_a_perfect_reconstruction_is_nothing() -> None:
+    """0 / 0 in the published form; a residual that is rounding noise must not become the whole loss."""
+    from sparsepilot import losses
+
+    for residual in (0.0, 1e-13):
+        value = losses.aux_k(torch.tensor(3.0, requires_grad=True), torch.tensor(residual), floor=1e-12)
+        assert float(value.detach()) == 0.0
+    assert float(losses.aux_k(torch.tensor(3.0), torch.tensor(2.0), floor=1e-12)) == 1.5

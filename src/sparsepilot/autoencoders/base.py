@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
@@ -15,111 +15,13 @@ from sparsepilot import losses
 from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.autoencoders.prefixes import Prefixes
 from sparsepilot.autoencoders.revival import NoRevival, Revival
+from sparsepilot.autoencoders.step import Dense, Extra, Knob, Moment, Response, Selection, Step, Sums
 from sparsepilot.errors import ConfigError
-from sparsepilot.ops.active import ActiveSet
 from sparsepilot.ops.product import EncoderProduct, Workspace, has_fast_half, tile_bytes
 from sparsepilot.ops.sparse import at_pairs, decode_at, decode_plain, encode_at, encode_plain
 
 DENSE_ABOVE = 1 / 24
 """Share of active (row, latent) pairs above which a step is cheaper dense: measured on two cores, see docs/log.md."""
-
-
-class Knob(NamedTuple):
-    """What a controller may turn."""
-
-    kind: Literal["k", "penalty"]
-    """`k`: active latents per row. `penalty`: the coefficient of the sparsity loss."""
-    initial: float
-    low: float
-    high: float
-
-
-class Moment(NamedTuple):
-    """Where a run stands: everything that a step depends on beside parameters and rows."""
-
-    strength: float
-    """value of the knob"""
-    samples: int
-    """the clock after the present global batch"""
-    batch: int
-    """rows of a global batch"""
-    total_samples: int
-    """the budget"""
-    dead_ids_A: Tensor
-    """[A] ids of the latents that count as dead now (may be empty)"""
-    mean_sq_residual: Tensor
-    """scalar, E||y - y_hat||^2 of the previous optimizer step over all ranks, AuxK's unit"""
-    seed: int = 0
-    """of the run; what is random in a step is seeded from it and `samples`"""
-    inference: bool = False
-    """activations as at inference: BatchTopK's threshold, no annealing"""
-
-
-class Selection(NamedTuple):
-    """Which pairs a step touches, found sparsely."""
-
-    active: ActiveSet
-    pre_P: Tensor
-    """[P] their pre-activations, without a graph"""
-    inner_P: Tensor | None = None
-    """[P] bool: which of them count in the main reconstruction; None: all"""
-    measures: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
-    """scalars that `close_step` and the log want"""
-
-
-class Dense(NamedTuple):
-    """So many pairs are active that the dense path is cheaper."""
-
-    bound: Tensor | None = None
-    """what `keep` needs to know of the whole batch"""
-    measures: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
-
-
-class Extra(NamedTuple):
-    """Another reconstruction from the same pairs that adds its squared error to the loss."""
-
-    name: str
-    codes: Tensor
-    weight: float
-    frozen: bool
-    """gradients reach the encoder only"""
-
-
-class Response(NamedTuple):
-    """What an architecture makes of pre-activations, elementwise: of [P] pairs, or of a dense [b, F] tile."""
-
-    codes: Tensor
-    """values of the latents, 0 where they are not active; the shape of the pre-activations"""
-    penalty: Tensor | None = None
-    """scalar: the sparsity loss summed over the elements; the knob multiplies it"""
-    extras: tuple[Extra, ...] = ()
-    measures: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
-    """sums over the elements that `close_step` and the log want, detached"""
-
-
-class Step(NamedTuple):
-    """What one forward pass over a micro-batch gives."""
-
-    loss: Tensor
-    """Scalar with a graph: the mean over the micro-batch's rows of everything that is minimised."""
-    terms: dict[str, Tensor]
-    """Detached scalars by name: means over rows, before their coefficients. `recon` is always there."""
-    y_hat_BD: Tensor
-    """Detached reconstruction, in the scaled units of the target."""
-    firings_F: Tensor
-    """[F] int64: on how many rows each latent is active; their sum over rows is the L0."""
-
-
-class _Sums(NamedTuple):
-    """Sums over rows, with graphs: they add up over tiles."""
-
-    y_hat_BD: Tensor
-    recon: Tensor
-    prefixes: Tensor
-    penalty: Tensor
-    firings_F: Tensor
-    extras: tuple[Tensor, ...]
-    measures: tuple[Tensor, ...]
 
 
 class Common(TypedDict, total=False):
@@ -327,7 +229,7 @@ class Autoencoder(nn.Module, ABC):
 
         return self.select(product, now)
 
-    def _sparse(self, x_BD: Tensor, y_BD: Tensor, selection: Selection, now: Moment) -> _Sums:
+    def _sparse(self, x_BD: Tensor, y_BD: Tensor, selection: Selection, now: Moment) -> Sums:
         active = selection.active
         pre_P = encode_at(
             x_BD, self.W_enc, self.b_enc, self.b_in, selection.pre_P, active, self.blocks.readers
@@ -356,10 +258,10 @@ class Autoencoder(nn.Module, ABC):
             torch.zeros(self.d_sae, dtype=torch.int64, device=x_BD.device).scatter_add_(0, active.ids_P, fired_P),
         )  # fmt: skip
 
-    def _dense(self, x_BD: Tensor, y_BD: Tensor, dense: Dense, now: Moment) -> _Sums:
+    def _dense(self, x_BD: Tensor, y_BD: Tensor, dense: Dense, now: Moment) -> Sums:
         """The same sums over tiles of rows; each tile is computed again in the backward pass instead of being kept."""
         tile_rows = max(64, tile_bytes(x_BD.device) // (x_BD.element_size() * self.d_sae))
-        tiles: list[_Sums] = []
+        tiles: list[Sums] = []
         for x, y in zip(torch.split(x_BD, tile_rows), torch.split(y_BD, tile_rows), strict=True):
             if torch.is_grad_enabled():
                 tiles.append(
@@ -370,7 +272,7 @@ class Autoencoder(nn.Module, ABC):
         if len(tiles) == 1:
             return tiles[0]
         first = tiles[0]
-        return _Sums(
+        return Sums(
             torch.cat([t.y_hat_BD for t in tiles]),
             _total(t.recon for t in tiles),
             _total(t.prefixes for t in tiles),
@@ -380,7 +282,7 @@ class Autoencoder(nn.Module, ABC):
             tuple(_total(t.measures[i] for t in tiles) for i in range(len(first.measures))),
         )
 
-    def dense_tile(self, x_BD: Tensor, y_BD: Tensor, dense: Dense, now: Moment) -> _Sums:
+    def dense_tile(self, x_BD: Tensor, y_BD: Tensor, dense: Dense, now: Moment) -> Sums:
         """The plain twin of the sparse step: every pre-activation, masked."""
         pre_BF = encode_plain(x_BD, self.W_enc, self.b_enc, self.b_in, self.blocks.readers)
         with torch.no_grad():
@@ -405,9 +307,9 @@ class Autoencoder(nn.Module, ABC):
 
     def _sums(
         self, y_BD: Tensor, y_hat_BD: Tensor, prefixes: Tensor, response: Response, extras: list[Tensor], fired: Tensor
-    ) -> _Sums:
+    ) -> Sums:
         zero = y_BD.new_zeros(())
-        return _Sums(
+        return Sums(
             y_hat_BD,
             losses.squared_error(y_BD, y_hat_BD),
             prefixes,

@@ -9,8 +9,9 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from sparsepilot.autoencoders.base import Autoencoder, Common, Dense, Knob, Moment, Response, Selection
+from sparsepilot.autoencoders.base import Autoencoder, Common
 from sparsepilot.autoencoders.blocks import Blocks
+from sparsepilot.autoencoders.step import Dense, Knob, Moment, Response, Selection
 from sparsepilot.ops.active import ActiveSet
 from sparsepilot.ops.product import EncoderProduct
 from sparsepilot.ops.select import density_above, select_above, select_batch_topk

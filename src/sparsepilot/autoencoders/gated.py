@@ -9,9 +9,10 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from sparsepilot.autoencoders.base import Common, Extra, Moment, Response
+from sparsepilot.autoencoders.base import Common
 from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.autoencoders.penalised import Penalised
+from sparsepilot.autoencoders.step import Extra, Moment, Response
 
 
 class Gated(Penalised):

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparsepilot.autoencoders.base import Autoencoder, Dense, Knob, Moment, Selection
+from sparsepilot.autoencoders.base import Autoencoder
+from sparsepilot.autoencoders.step import Dense, Knob, Moment, Selection
 from sparsepilot.ops.active import ActiveSet
 from sparsepilot.ops.product import EncoderProduct
 from sparsepilot.ops.select import density_above, select_above

@@ -10,9 +10,10 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from sparsepilot.autoencoders.base import Common, Moment, Response
+from sparsepilot.autoencoders.base import Common
 from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.autoencoders.penalised import Penalised
+from sparsepilot.autoencoders.step import Moment, Response
 
 
 class ReLU(Penalised):

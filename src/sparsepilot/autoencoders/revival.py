@@ -17,7 +17,8 @@ from sparsepilot.ops.select import select_topk
 from sparsepilot.ops.sparse import decode_at, encode_at
 
 if TYPE_CHECKING:
-    from sparsepilot.autoencoders.base import Autoencoder, Moment
+    from sparsepilot.autoencoders.base import Autoencoder
+from sparsepilot.autoencoders.step import Moment
 
 
 class Revival:

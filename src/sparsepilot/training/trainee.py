@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsepilot import losses
-from sparsepilot.autoencoders.base import Autoencoder, Moment, Step
+from sparsepilot.autoencoders.base import Autoencoder
 from sparsepilot.autoencoders.revival import Resample
+from sparsepilot.autoencoders.step import Moment, Step
 from sparsepilot.controllers.base import Controller
 from sparsepilot.metrics.dead import DeadLatents, dead_window_samples
 from sparsepilot.ops.readback import Readback

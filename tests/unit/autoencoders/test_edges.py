@@ -10,11 +10,12 @@ import torch
 from shapes import ARCHITECTURES, BLOCKS, B, F, assert_same, dead_ids, make, moment, rows
 from torch import Tensor
 
-from sparsepilot.autoencoders.base import Autoencoder, Step
+from sparsepilot.autoencoders.base import Autoencoder
 from sparsepilot.autoencoders.batchtopk import BatchTopK
 from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.autoencoders.prefixes import FixedPrefixes
 from sparsepilot.autoencoders.revival import AuxK, PreActivation
+from sparsepilot.autoencoders.step import Step
 from sparsepilot.autoencoders.topk import TopK
 from sparsepilot.errors import ConfigError
 from sparsepilot.optimizers.muon import MuonWithAdam

@@ -7,9 +7,10 @@ import torch
 from shapes import ARCHITECTURES, BLOCKS, F, assert_same, dead_ids, gradients, make, moment, rows
 
 from sparsepilot.autoencoders import base
-from sparsepilot.autoencoders.base import Autoencoder, Step
+from sparsepilot.autoencoders.base import Autoencoder
 from sparsepilot.autoencoders.prefixes import FixedPrefixes, Prefixes, RandomPrefixes
 from sparsepilot.autoencoders.revival import AuxK, PreActivation, Revival
+from sparsepilot.autoencoders.step import Step
 from sparsepilot.ops import product
 
 PREFIXES: dict[str, Prefixes | None] = {

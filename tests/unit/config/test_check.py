@@ -87,6 +87,16 @@ def test_bad_values(compose_cfg, override: str, message: str) -> None:
         (("model=topk", "model/revival=resample", "model.revival.until=0"), "model.revival.until = 0: should be"),
         (("model=gated", "model.coefficient=-1"), "model.coefficient = -1: should be greater than or equal to 0"),
         (("controller=ramp", "controller.until=0"), "controller.until = 0: should be greater than 0"),
+        (("model=topk", "model/revival=resample", "model.revival.until=7"), "model.revival.until = 7: should be less"),
+        (("model=topk", "model.anneal_k_from=5000"), "model.anneal_k_from = 5000: should lie between model.k"),
+        (("model=topk", "model.k=8", "model.anneal_k_from=2"), "model.anneal_k_from = 2: should lie between model.k"),
+        (("optimizer=adamw", "optimizer.eps=-1"), "Invalid epsilon value: -1"),
+        (("optimizer=adam", "optimizer.betas=[0.9,1.0]"), "Invalid beta parameter at index 1"),
+        (("optimizer=muon", "optimizer.ns_steps=100"), "optimizer.ns_steps = 100: should be less than 100"),
+        (
+            ("model.sites={read:[a],write:[b],cross_layer:true}", "model.skip=true"),
+            "model.skip = True: a linear skip over all layers",
+        ),
     ],
 )
 def test_bad_values_of_the_other_models(compose_cfg, overrides: tuple[str, ...], message: str) -> None:

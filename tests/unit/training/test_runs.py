@@ -17,6 +17,7 @@ from sparsepilot.callbacks.checkpoint_io import is_whole, list_checkpoints
 from sparsepilot.claim import Claim, claim
 from sparsepilot.data.cache import Cache
 from sparsepilot.errors import ConfigError, SparsepilotError
+from sparsepilot.interop.dictionary import OWN_TENSORS
 from sparsepilot.rows import read_rows
 from sparsepilot.run import plain
 from sparsepilot.run_folder import RunFolder
@@ -199,6 +200,33 @@ def test_a_wandb_failure_costs_only_the_copy(train_tiny, tmp_path: Path, capsys)
 def test_a_cache_without_validation_rows_trains(train_tiny) -> None:
     summary = train_tiny("data.build.num_val_rows=0")
     assert summary["metrics"]["train/fvu"] > 0
+
+
+def test_a_longer_budget_does_not_take_p_annealing_back(train_tiny, tmp_path: Path) -> None:
+    words = ("model=relu", "model.penalty=p", "model.p_start_fraction=0.0", "model.coefficient=0.3")
+    train_tiny(*words, "samples=2560")
+    train_tiny(*words, "samples=10240")
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "train/loss_sparsity" in row]
+    before, after = (rows[i]["train/loss_sparsity"] for i in (9, 10))
+    assert rows[10]["samples"] == 2816
+    assert 0.7 < after / before < 1.4  # the penalty keeps its size
+
+
+def test_what_changes_only_the_way_of_computing_may_change_on_resume(train_tiny) -> None:
+    train_tiny("samples=2560")
+    with pytest.warns(UserWarning, match=r"same order of data but not the same bits: paths was half"):
+        train_tiny("samples=5120", "model.tile_latents=16", "model.half_product=false")
+
+
+def test_an_architecture_that_nothing_can_load_is_refused_before_it_is_trained(train_tiny, monkeypatch) -> None:
+    monkeypatch.delitem(OWN_TENSORS, "topk")
+    with pytest.raises(ConfigError, match="'topk' could be trained but not loaded again"):
+        train_tiny()
+
+
+def test_a_knob_out_of_range_names_the_field_that_set_it(train_tiny) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.k = 0\.01: this model's k lies between 0\.0625 and 64"):
+        train_tiny("model=batchtopk", "model.k=0.01")
 
 
 def test_a_longer_budget_says_where_the_learning_rate_jumps(train_tiny, capsys) -> None:
