@@ -45,7 +45,9 @@ class AuxK(Revival):
     """coefficient * V * ||e - e_hat||^2 / ||e||^2 (Gao et al. 2024, arXiv 2406.04093, appendix A.2)
 
     e_hat is the reconstruction of the residual e from each row's top `aux_k` dead latents, decoded without b_dec;
-    V = E||y - mean||^2 keeps the loss in units of squared input, as everywhere in this project.
+    V = E||y - mean||^2 keeps the loss in units of squared input, as everywhere in this project. There is no ReLU on
+    these pre-activations: with one, the quickest way to a smaller loss is to push them all below 0, where no gradient
+    reaches them any more (docs/log.md, 2026-11-22).
 
     Args:
         aux_k: dead latents per row that try to explain the residual; None means d_out / 2.
@@ -76,7 +78,7 @@ class AuxK(Revival):
             top = select_topk(product, k)
         active = ActiveSet.from_topk(top.ids_BK, ids_A.numel())
         pre_P = encode_at(x_BD, W_enc_AD, b_enc_A, model.b_in, top.values_BK.reshape(-1), active)
-        e_hat_BD = decode_at(pre_P.relu(), model.W_dec.index_select(0, ids_A), active)
+        e_hat_BD = decode_at(pre_P, model.W_dec.index_select(0, ids_A), active)
         return losses.squared_error(e_BD, e_hat_BD)
 
     def _dense(self, model: Autoencoder, x_BD: Tensor, e_BD: Tensor, ids_A: Tensor, k: int) -> Tensor:
@@ -87,7 +89,7 @@ class AuxK(Revival):
             if k < ids_A.numel():
                 top = torch.topk(pre_BA, k, dim=-1, sorted=False)
                 pre_BA = torch.zeros_like(pre_BA).scatter(1, top.indices, top.values)
-            return losses.squared_error(e_BD, (pre_BA.relu() @ W_dec_AD).float())
+            return losses.squared_error(e_BD, (pre_BA @ W_dec_AD).float())
 
         return _over_row_tiles(tile, ids_A.numel(), x_BD, e_BD)
 
