@@ -29,6 +29,12 @@ def top_codes(pre_BF: Tensor, k: int) -> Tensor:
     return pre_BF.relu() * (pre_BF >= kth)
 
 
+def top_values(pre_BF: Tensor, k: int) -> Tensor:
+    """TopK(pre), of either sign: AuxK's"""
+    kth = pre_BF.detach().topk(k).values[:, -1:]
+    return pre_BF * (pre_BF >= kth)
+
+
 def mse(y_BD: Tensor, y_hat_BD: Tensor) -> Tensor:
     return ((y_BD - y_hat_BD) ** 2).sum(1).mean()
 
@@ -56,7 +62,7 @@ def test_topk_with_aux_k(blocks: str, num_dead: int) -> None:
     if num_dead:
         dead = dead_ids(num_dead)
         e_BD = (y_BD - y_hat_BD).detach()
-        e_hat_BD = top_codes(pre_BF[:, dead], min(4, num_dead)) @ model.W_dec[dead]  # without b_dec: mistake 5
+        e_hat_BD = top_values(pre_BF[:, dead], min(4, num_dead)) @ model.W_dec[dead]  # without b_dec: mistake 5
         loss = loss + 1 / 32 * 7.0 * mse(e_BD, e_hat_BD) / 3.0  # in units of the variance 7; normalised by ||e||^2 = 3
     assert_trains_by(model, step.loss, loss)
     assert step.terms.keys() == {"recon", "aux_k"} if num_dead else {"recon"}
@@ -68,7 +74,7 @@ def test_aux_k_takes_half_the_width_by_default() -> None:
     dead = dead_ids(50)
     step = model(x_BD, y_BD, moment(model, dead))
     e_BD = y_BD - step.y_hat_BD
-    e_hat_BD = top_codes(pre_of(model, x_BD)[:, dead], 6) @ model.W_dec[dead]
+    e_hat_BD = top_values(pre_of(model, x_BD)[:, dead], 6) @ model.W_dec[dead]
     assert_same(step.terms["aux_k"], (mse(e_BD, e_hat_BD) / 3.0).detach(), "aux_k")
 
 
@@ -144,6 +150,16 @@ def test_matryoshka(random: bool) -> None:
         assert_trains_by(model, step.loss, loss)
     assert (seen[0] == seen[1]) == (not random)
     assert random or seen[0] == [10, 24, F]
+
+
+def test_aux_k_reaches_latents_whose_pre_activations_are_all_negative() -> None:
+    model = make("topk", "autoencoder", revival=AuxK(aux_k=4))
+    dead = dead_ids(3)
+    with torch.no_grad():
+        model.b_enc[dead] = -50.0
+    step = model(*rows(model), moment(model, dead))
+    (gradient,) = torch.autograd.grad(step.loss, model.b_enc)
+    assert bool((gradient[dead] < 0).all())  # a step of descent lifts them
 
 
 def test_aux_k_of_a_perfect_reconstruction_is_nothing() -> None:
