@@ -34,13 +34,15 @@ def stepping(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.slow  # starts Lightning in a process
 def test_train_step_prints_one_line_of_json(tmp_path: Path) -> None:
-    lines = run("train_step.py", "--scratch", str(tmp_path), "--steps", "4", "--json", "model.aux_k=3").splitlines()
+    lines = run(
+        "train_step.py", "--scratch", str(tmp_path), "--steps", "4", "--json", "model.revival.aux_k=3"
+    ).splitlines()
     assert len(lines) == 1
     result = json.loads(lines[0])
     assert result["samples_per_s"] > 0
     assert result["step_ms"]["q1"] <= result["step_ms"]["median"] <= result["step_ms"]["q3"]
     assert result["l0"] == 4
-    assert result["model"]["aux_k"] == 3
+    assert result["model"]["revival"]["aux_k"] == 3
     assert result["steps"] == 4
     assert all(len(times) == 4 for times in result["seconds"].values())
     assert {"bare", "product", "product16"} <= set(result)
@@ -99,7 +101,7 @@ def test_calibration_moves_one_kind_of_threshold_to_the_wanted_l0(stepping: Any,
         return pre_BF * (pre_BF > (sae.log_threshold.exp() if jump else 0))
 
     sae.encode = encode
-    trainee = SimpleNamespace(autoencoder=sae, scale=2.0, columns=slice(0, 16))
+    trainee = SimpleNamespace(autoencoder=sae, scaled=lambda x_BD: (2.0 * x_BD, 2.0 * x_BD))
     found = stepping.calibrate(trainee, torch.randn(512, 16), 12.0)
     assert abs(found - 12) < 0.1
     assert bool((sae.b_enc == 0).all()) == jump
