@@ -98,3 +98,19 @@ def assert_same(mine: Tensor, theirs: Tensor, what: str, tolerance: float = 1e-5
     error = float((mine.double() - theirs.double()).abs().max()) if mine.numel() else 0.0
     largest = float(theirs.double().abs().max()) if mine.numel() else 0.0
     assert error <= tolerance * max(largest, 1e-3), f"{what}: differs by {error:.2e}, largest is {largest:.2e}"
+
+
+def pre_of(model: Autoencoder, x_BD: Tensor) -> Tensor:
+    return (x_BD - model.b_in) @ model.W_enc.T + model.b_enc
+
+
+def mse(y_BD: Tensor, y_hat_BD: Tensor) -> Tensor:
+    return ((y_BD - y_hat_BD) ** 2).sum(1).mean()
+
+
+def assert_trains_by(model: Autoencoder, mine: Tensor, theirs: Tensor) -> None:
+    """The loss, and the gradient of every parameter."""
+    assert_same(mine.detach(), theirs.detach(), "loss")
+    expected = gradients(model, theirs)
+    for name, gradient in gradients(model, mine).items():
+        assert_same(gradient, expected[name], name, 2e-5)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import shapes
 import torch
-from shapes import BATCH, TOTAL, assert_same, dead_ids, gradients, make, moment, rows
+from shapes import BATCH, TOTAL, assert_same, assert_trains_by, dead_ids, make, moment, mse, pre_of, rows
 from torch import Tensor
 
 from sparsepilot.autoencoders.base import Autoencoder
@@ -23,24 +23,9 @@ def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(shapes, "DENSE_ABOVE", request.param)
 
 
-def pre_of(model: Autoencoder, x_BD: Tensor) -> Tensor:
-    return (x_BD - model.b_in) @ model.W_enc.T + model.b_enc
-
-
 def norms_of(model: Autoencoder) -> Tensor:
     """||W_dec[i]||; of a crosscoder the sum over its sites (Lindsey et al. 2024)."""
     return sum(part.norm(dim=1) for part in model.W_dec.split(model.blocks.write_widths, dim=1))  # type: ignore[return-value]
-
-
-def mse(y_BD: Tensor, y_hat_BD: Tensor) -> Tensor:
-    return ((y_BD - y_hat_BD) ** 2).sum(1).mean()
-
-
-def assert_trains_by(model: Autoencoder, mine: Tensor, theirs: Tensor) -> None:
-    assert_same(mine.detach(), theirs.detach(), "loss")
-    expected = gradients(model, theirs)
-    for name, gradient in gradients(model, mine).items():
-        assert_same(gradient, expected[name], name, 2e-5)
 
 
 class _Heaviside(torch.autograd.Function):

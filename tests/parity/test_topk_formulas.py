@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import shapes
 import torch
-from shapes import BATCH, TOTAL, F, assert_same, dead_ids, gradients, make, moment, rows
+from shapes import BATCH, TOTAL, F, assert_same, assert_trains_by, dead_ids, make, moment, mse, pre_of, rows
 from torch import Tensor
 
-from sparsepilot.autoencoders.base import Autoencoder
 from sparsepilot.autoencoders.batchtopk import BatchTopK
 from sparsepilot.autoencoders.prefixes import FixedPrefixes, RandomPrefixes
 from sparsepilot.autoencoders.revival import AuxK
@@ -17,10 +16,6 @@ from sparsepilot.autoencoders.revival import AuxK
 @pytest.fixture(autouse=True, params=[1.0, 0.0], ids=["sparse", "dense"])
 def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes, "DENSE_ABOVE", request.param)
-
-
-def pre_of(model: Autoencoder, x_BD: Tensor) -> Tensor:
-    return (x_BD - model.b_in) @ model.W_enc.T + model.b_enc
 
 
 def top_codes(pre_BF: Tensor, k: int) -> Tensor:
@@ -33,17 +28,6 @@ def top_values(pre_BF: Tensor, k: int) -> Tensor:
     """TopK(pre), of either sign: AuxK's"""
     kth = pre_BF.detach().topk(k).values[:, -1:]
     return pre_BF * (pre_BF >= kth)
-
-
-def mse(y_BD: Tensor, y_hat_BD: Tensor) -> Tensor:
-    return ((y_BD - y_hat_BD) ** 2).sum(1).mean()
-
-
-def assert_trains_by(model: Autoencoder, mine: Tensor, theirs: Tensor) -> None:
-    assert_same(mine.detach(), theirs.detach(), "loss")
-    expected = gradients(model, theirs)
-    for name, gradient in gradients(model, mine).items():
-        assert_same(gradient, expected[name], name, 2e-5)
 
 
 @pytest.mark.parametrize("num_dead", [0, 2, 60])

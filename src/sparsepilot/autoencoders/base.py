@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -15,7 +15,7 @@ from sparsepilot import losses
 from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.autoencoders.prefixes import Prefixes
 from sparsepilot.autoencoders.revival import NoRevival, Revival
-from sparsepilot.autoencoders.step import Dense, Extra, Knob, Moment, Response, Selection, Step, Sums
+from sparsepilot.autoencoders.step import Dense, Knob, Moment, Response, Selection, Step, Sums
 from sparsepilot.errors import ConfigError
 from sparsepilot.ops.product import EncoderProduct, Workspace, has_fast_half, tile_bytes
 from sparsepilot.ops.sparse import at_pairs, decode_at, decode_plain, encode_at, encode_plain
@@ -211,8 +211,7 @@ class Autoencoder(nn.Module, ABC):
         xc_BD = x_BD - self.b_in
         device = x_BD.device.type
         mixed = torch.is_autocast_enabled(device)
-        half = self.half_product if self.half_product is not None else has_fast_half(x_BD.device)
-        use_half = x_BD.dtype == torch.float32 and (mixed or half)
+        use_half = x_BD.dtype == torch.float32 and (mixed or self._halves())
 
         def product(shift_F: Tensor | None = None) -> EncoderProduct:
             bias_F = self.b_enc if shift_F is None else self.b_enc + shift_F
@@ -231,32 +230,23 @@ class Autoencoder(nn.Module, ABC):
 
     def _sparse(self, x_BD: Tensor, y_BD: Tensor, selection: Selection, now: Moment) -> Sums:
         active = selection.active
-        pre_P = encode_at(
-            x_BD, self.W_enc, self.b_enc, self.b_in, selection.pre_P, active, self.blocks.readers
-        )  # fmt: skip
+        pre_P = encode_at(x_BD, self.W_enc, self.b_enc, self.b_in, selection.pre_P, active, self.blocks.readers)
 
         def at(values_F: Tensor) -> Tensor:
             return at_pairs(values_F, active)
 
         response = self.respond(pre_P, at, selection.inner_P, now)
-        rest_BD = self._rest(x_BD)
-        prefixes = y_BD.new_zeros(())
-        if self.prefixes is None or now.inference:
-            y_hat_BD = decode_at(response.codes, self.W_dec, active) + rest_BD
-        else:
-            ends = self.prefixes.ends(self.d_sae, now.seed, now.samples)
-            y_hat_BGD = self.prefixes.decode_at(response.codes, self.W_dec, active, ends) + rest_BD[:, None]
-            prefixes = (y_BD[:, None] - y_hat_BGD[:, :-1]).square().sum()
-            y_hat_BD = y_hat_BGD[:, -1]
-        extras = [
-            y_BD - decode_at(e.codes, self.W_dec.detach() if e.frozen else self.W_dec, active) - _frozen(rest_BD, e)
-            for e in response.extras
-        ]
         fired_P = (response.codes > 0).to(torch.int64)
-        return self._sums(
-            y_BD, y_hat_BD, prefixes, response, extras,
-            torch.zeros(self.d_sae, dtype=torch.int64, device=x_BD.device).scatter_add_(0, active.ids_P, fired_P),
-        )  # fmt: skip
+        firings_F = torch.zeros(self.d_sae, dtype=torch.int64, device=x_BD.device)
+        firings_F.scatter_add_(0, active.ids_P, fired_P)
+
+        def decode(codes_P: Tensor, W_dec_FD: Tensor) -> Tensor:
+            return decode_at(codes_P, W_dec_FD, active)
+
+        def decode_prefixes(prefixes: Prefixes, codes_P: Tensor, ends: Sequence[int]) -> Tensor:
+            return prefixes.decode_at(codes_P, self.W_dec, active, ends)
+
+        return self._sums(x_BD, y_BD, response, firings_F, decode, decode_prefixes, now)
 
     def _dense(self, x_BD: Tensor, y_BD: Tensor, dense: Dense, now: Moment) -> Sums:
         """The same sums over tiles of rows; each tile is computed again in the backward pass instead of being kept."""
@@ -288,34 +278,48 @@ class Autoencoder(nn.Module, ABC):
         with torch.no_grad():
             keep_BF, inner_BF = self.keep(pre_BF.detach(), dense, now)
         response = self.respond(pre_BF, _as_is, inner_BF, now)
-        codes_BF = response.codes if keep_BF is None else response.codes * keep_BF
+        if keep_BF is not None:
+            extras = tuple(e._replace(codes=e.codes * keep_BF) for e in response.extras)
+            response = response._replace(codes=response.codes * keep_BF, extras=extras)
+
+        def decode_prefixes(prefixes: Prefixes, codes_BF: Tensor, ends: Sequence[int]) -> Tensor:
+            return prefixes.decode_plain(codes_BF, self.W_dec, ends)
+
+        firings_F = (response.codes > 0).sum(dim=0)
+        return self._sums(x_BD, y_BD, response, firings_F, decode_plain, decode_prefixes, now)
+
+    def _sums(
+        self,
+        x_BD: Tensor,
+        y_BD: Tensor,
+        response: Response,
+        firings_F: Tensor,
+        decode: Callable[[Tensor, Tensor], Tensor],
+        decode_prefixes: Callable[[Prefixes, Tensor, Sequence[int]], Tensor],
+        now: Moment,
+    ) -> Sums:
+        """What both layouts do with codes, given how theirs are decoded."""
         rest_BD = self._rest(x_BD)
-        prefixes = y_BD.new_zeros(())
+        zero = y_BD.new_zeros(())
+        prefixes = zero
         if self.prefixes is None or now.inference:
-            y_hat_BD = decode_plain(codes_BF, self.W_dec) + rest_BD
+            y_hat_BD = decode(response.codes, self.W_dec) + rest_BD
         else:
             ends = self.prefixes.ends(self.d_sae, now.seed, now.samples)
-            y_hat_BGD = self.prefixes.decode_plain(codes_BF, self.W_dec, ends) + rest_BD[:, None]
+            y_hat_BGD = decode_prefixes(self.prefixes, response.codes, ends) + rest_BD[:, None]
             prefixes = (y_BD[:, None] - y_hat_BGD[:, :-1]).square().sum()
             y_hat_BD = y_hat_BGD[:, -1]
         extras = []
-        for e in response.extras:
-            extra_BF = e.codes if keep_BF is None else e.codes * keep_BF
-            W_dec = self.W_dec.detach() if e.frozen else self.W_dec
-            extras.append(y_BD - decode_plain(extra_BF, W_dec) - _frozen(rest_BD, e))
-        return self._sums(y_BD, y_hat_BD, prefixes, response, extras, (codes_BF > 0).sum(dim=0))
-
-    def _sums(
-        self, y_BD: Tensor, y_hat_BD: Tensor, prefixes: Tensor, response: Response, extras: list[Tensor], fired: Tensor
-    ) -> Sums:
-        zero = y_BD.new_zeros(())
+        for extra in response.extras:
+            W_dec_FD, added_BD = (self.W_dec.detach(), rest_BD.detach()) if extra.frozen else (self.W_dec, rest_BD)
+            extras.append((y_BD - decode(extra.codes, W_dec_FD) - added_BD).square().sum())
         return Sums(
             y_hat_BD,
             losses.squared_error(y_BD, y_hat_BD),
             prefixes,
             zero if response.penalty is None else response.penalty,
-            fired,
-            tuple(e.square().sum() for e in extras),
+            firings_F,
+            tuple(extras),
             tuple(response.measures.get(name, zero).detach() for name in self.measures),
         )
 
@@ -329,10 +333,14 @@ class Autoencoder(nn.Module, ABC):
         """Weights of `extra_terms`."""
         return (1.0,) * len(self.extra_terms)
 
+    def _halves(self) -> bool:
+        """Whether active latents are found by half-precision products."""
+        return self.half_product if self.half_product is not None else has_fast_half(self.W_enc.device)
+
     def paths(self) -> str:
         """What the bits of a step, not its numbers, depend on: how it is computed here."""
-        half = self.half_product if self.half_product is not None else has_fast_half(self.W_enc.device)
         compiled = "dense_tile" in self.__dict__
+        half = self._halves()
         return f"half {half}, tiles of {self.tile_latents}, dense above {self.dense_above:g}, compiled {compiled}"
 
     def compile(self, *args: Any, **options: Any) -> None:
@@ -447,10 +455,6 @@ class Autoencoder(nn.Module, ABC):
 
 def _as_is(values_F: Tensor) -> Tensor:
     return values_F
-
-
-def _frozen(rest_BD: Tensor, extra: Extra) -> Tensor:
-    return rest_BD.detach() if extra.frozen else rest_BD
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:
