@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsepilot.errors import ConfigError
 from sparsepilot.ops import sparse
 from sparsepilot.ops.active import ActiveSet
+from sparsepilot.ops.seeded import generator_at
 
 
 class Prefixes(ABC):
@@ -86,6 +87,6 @@ class RandomPrefixes(Prefixes):
         self.count = count
 
     def ends(self, d_sae: int, seed: int, samples: int) -> list[int]:
-        make = torch.Generator().manual_seed((seed * 1_000_003 + samples) % 2**63)
+        make = generator_at(seed, samples)
         drawn = d_sae ** torch.rand(self.count - 1, generator=make, dtype=torch.float64)
         return sorted({int(n) for n in drawn.round().clamp(1, d_sae)} | {d_sae})

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparsepilot.autoencoders.base import Autoencoder
+from sparsepilot.ops.seeded import generator_at
 from sparsepilot.parallel.collectives import all_gather_concat, all_reduce_sum_, rank
 from sparsepilot.parallel.surgery import set_rows_
 
@@ -36,7 +37,7 @@ def resample(
     num_drawn = min(dead_ids_A.numel(), int(torch.count_nonzero(weights_N)))
     if num_drawn == 0 or not bool(living_F.any()):
         return 0
-    make = torch.Generator().manual_seed((seed * 1_000_003 + samples) % 2**63)
+    make = generator_at(seed, samples)
     # Gumbel's trick: the largest of log weight + noise are a draw without replacement, of any number of rows
     noise_N = -(-torch.rand(weights_N.shape, generator=make, dtype=torch.float64).log()).log()
     drawn_A = torch.topk(weights_N.cpu().log() + noise_N, num_drawn).indices.to(x_BD.device)
