@@ -187,14 +187,17 @@ def build_module(cfg: DictConfig, data: ActivationData) -> TrainingModule:
         )
     if cfg.compile:
         autoencoder.compile()
-    controller: Controller = instantiate(cfg.controller)
-    trainee = Trainee(autoencoder, controller, wired.sites, total_samples, cfg.batch, cfg.seed)
+    controller: Controller = instantiate(cfg.controller, _convert_="all")
+    schedule = instantiate(cfg.schedule, _convert_="all")
+    trainee = Trainee(
+        autoencoder, controller, wired.sites, total_samples, cfg.batch, cfg.seed, lambda at: schedule(at, total_samples)
+    )
     validation = Validation(trainee, data.cache.num_train_rows, data.cache.planted_features())
     return TrainingModule(
         trainees={"sae": trainee},
         validations={"sae": validation},
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
-        schedule=instantiate(cfg.schedule, _convert_="all"),
+        schedule=schedule,
         batch=cfg.batch,
         total_samples=total_samples,
         clip_norm=cfg.clip_norm,

@@ -67,6 +67,8 @@ class Autoencoder(nn.Module, ABC):
     """Names of `Response.extras`."""
     measures: tuple[str, ...] = ()
     """Names of `Response.measures`, and of what `select` measures."""
+    slew_nats_per_lr: float | None = None
+    """How far ln L0 can fall in one step, per unit of learning rate, however strong the penalty; None: not known."""
     mean_in: Tensor
     _decoder_mask: Tensor | None
 
@@ -361,6 +363,10 @@ class Autoencoder(nn.Module, ABC):
     def thresholds(self) -> Tensor:
         """[F] pre-activations above which latents fire."""
         return torch.zeros_like(self.b_enc)
+
+    def threshold_coherence(self) -> Tensor:
+        """Scalar: share of the thresholds' last motion that went one way; 0 where they do not move."""
+        return self.b_enc.new_zeros(())
 
     def encode_subset(self, x_BD: Tensor, ids_A: Tensor) -> Tensor:
         """[B, A] pre-activations of some latents (ids ascending), differentiable."""

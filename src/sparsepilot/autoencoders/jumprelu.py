@@ -39,6 +39,9 @@ class JumpReLU(Penalised):
     """
 
     architecture = "jumprelu"
+    last_log_threshold: Tensor
+    """[F] before the last optimizer step"""
+    coherence: Tensor
 
     def __init__(
         self,
@@ -62,9 +65,20 @@ class JumpReLU(Penalised):
         self.steepness = steepness
         start = threshold or (narrow if recipe == "step" else 0.1)
         self.log_threshold = torch.nn.Parameter(torch.full((d_sae,), start).log())
+        self.register_buffer("last_log_threshold", self.log_threshold.detach().clone())
+        self.register_buffer("coherence", torch.zeros(()))
 
     def thresholds(self) -> Tensor:
         return self.log_threshold.exp()
+
+    def close_step(self, terms: dict[str, Tensor], now: Moment) -> None:
+        moved_F = self.log_threshold - self.last_log_threshold
+        # Adam moves every threshold by about its learning rate: when the penalty rules, all of them the same way
+        self.coherence.copy_(moved_F.sum().abs() / moved_F.abs().sum().clamp_min(1e-30))
+        self.last_log_threshold.copy_(self.log_threshold)
+
+    def threshold_coherence(self) -> Tensor:
+        return self.coherence
 
     def bounds(self, now: Moment) -> Tensor:
         """The lower edge of the kernel; the threshold itself where no gradient is wanted."""

@@ -3,44 +3,88 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
 
 KNOB_FIELDS = {"k": "model.k", "penalty": "model.coefficient"}
 """Where a knob's own value stands in the configuration."""
 
 
+class Plant(NamedTuple):
+    """What a controller is to steer."""
+
+    kind: Literal["k", "penalty"]
+    """what its knob is: latents per row, or the coefficient of a penalty"""
+    initial: float
+    """the knob's value in the configuration"""
+    low: float
+    high: float
+    d_sae: int
+    batch: int
+    """samples between two control actions"""
+    total_samples: int
+    slew: Callable[[int], float] | None = None
+    """clock -> how fast ln L0 can fall there at most, in nats per sample; None: no limit is known"""
+
+
+class Measured(NamedTuple):
+    """One optimizer step, over the global batch."""
+
+    l0: float
+    coherence: float = 0.0
+    """share of the thresholds' motion that goes one way, from 0 to 1: at 1 they run as fast as they can"""
+
+
 class Controller(ABC):
     """Turns the knob of one autoencoder.
 
-    A controller is told the previous step's L0, averaged over the global batch, so every rank computes the same action.
-    Its state is plain numbers, saved with the run.
+    A controller is told the previous step's measurement, averaged over the global batch, so every rank computes the
+    same action. Its state is plain numbers, saved with the run.
     """
 
     strength: float
     """The knob's present value: a penalty coefficient, or latents per row."""
 
     @abstractmethod
-    def bind(self, kind: Literal["k", "penalty"], initial: float, low: float, high: float, total_samples: int) -> None:
-        """Called once before training with the knob's kind, start and range, and the budget in samples.
+    def bind(self, plant: Plant) -> None:
+        """Called once before training.
 
-        Raises ConfigError when the controller's settings do not fit the knob."""
+        Raises ConfigError when the controller's settings do not fit what it is to steer."""
 
     @abstractmethod
-    def update(self, measured: float | None, samples: int) -> float:
+    def update(self, measured: Measured | None, samples: int) -> float:
         """One control step.
 
         Args:
-            measured: L0 of the previous optimizer step over the global batch, or None when there is none yet.
+            measured: the previous optimizer step over the global batch, or None when there is none yet.
             samples: the clock, after the step just taken.
 
         Returns:
             The knob value for the next step, also in `strength`.
         """
 
-    def state_dict(self) -> dict[str, float | int]:
+    def observe(self, row: Mapping[str, object], samples: int) -> None:
+        """A row of held-out figures (`val/l0`, `val/fvu`, `val/ce`, ...), as it is written to metrics.jsonl."""
+
+    def wants_validation(self, samples: int) -> bool:
+        """Whether a validation is needed now, after the step that ended at `samples`, apart from the regular ones."""
+        return False
+
+    def readings(self) -> dict[str, float]:
+        """What is logged under `controller/`: always `strength`; in closed loop
+
+            target     L0 that is aimed at, as a validation would measure it
+            measured   L0 as the controller sees it, smoothed, in the same terms
+            error      ln(measured / target)
+            at_limit   1 where a clamp, the rate limit or the plant's own slew limit holds the knob, else 0
+        """
+        return {"strength": self.strength}
+
+    def state_dict(self) -> dict[str, float | int | list[float]]:
         """Everything that a resumed run needs; numbers only."""
         return {"strength": self.strength}
 
-    def load_state_dict(self, state: dict[str, float | int]) -> None:
+    def load_state_dict(self, state: dict[str, float | int | list[float]]) -> None:
         """The inverse of `state_dict`."""
-        self.strength = state["strength"]
+        for name, value in state.items():
+            setattr(self, name, value)

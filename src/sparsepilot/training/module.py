@@ -146,8 +146,10 @@ class TrainingModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Closes the validation into `val_row`."""
         row = self.clock()
-        for (prefix, _), validation in zip(self.each(), self.validations.values(), strict=True):
-            row |= {prefix + key: value for key, value in cast(Validation, validation).finish(self.samples).items()}
+        for (prefix, trainee), validation in zip(self.each(), self.validations.values(), strict=True):
+            own = cast(Validation, validation).finish(self.samples)
+            row |= {prefix + key: value for key, value in own.items()}
+            trainee.observe(own, self.samples)
         self.val_row = row
 
     # ------------------------------------------------------------------------------------------------ rows
@@ -170,7 +172,7 @@ class TrainingModule(L.LightningModule):
             row[f"{prefix}train/l0"] = measured.l0
             row[f"{prefix}train/fvu"] = measured.fvu
             row[f"{prefix}train/dead_latents"] = int(trainee.dead.dead_mask().sum())
-            row[f"{prefix}controller/strength"] = trainee.controller.strength
+            row |= {f"{prefix}controller/{name}": value for name, value in trainee.controller.readings().items()}
         row["train/lr"] = lr
         return row
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from sparsepilot import losses
 from sparsepilot.autoencoders.base import Autoencoder
 from sparsepilot.autoencoders.revival import Resample
 from sparsepilot.autoencoders.step import Moment, Step
-from sparsepilot.controllers.base import Controller
+from sparsepilot.controllers.base import Controller, Measured, Plant
 from sparsepilot.metrics.dead import DeadLatents, dead_window_samples
 from sparsepilot.ops.readback import Readback
 from sparsepilot.parallel.collectives import all_reduce_max_, all_reduce_sum_
@@ -75,6 +75,7 @@ class Trainee(nn.Module):
         total_samples: int,
         batch: int,
         seed: int = 0,
+        lr_at: Callable[[int], float] | None = None,
     ) -> None:
         super().__init__()
         self.autoencoder = autoencoder
@@ -85,7 +86,7 @@ class Trainee(nn.Module):
         scaled_variance = sum(float(s.variance_D.double().sum()) * float(s.scale) ** 2 for s in writes)
         mean_in, mean_out = (torch.cat([s.mean_D * s.scale for s in side]) for side in (sites.reads, writes))
         autoencoder.initialise(mean_in, mean_out, scaled_variance)
-        controller.bind(*autoencoder.knob, total_samples)
+        controller.bind(self._plant(lr_at))
         self.dead = DeadLatents(autoencoder.d_sae, dead_window_samples(total_samples))
         for name, side in (("scale_in", sites.reads), ("scale_out", writes)):
             scale_D = torch.cat([torch.full_like(s.mean_D, s.scale) for s in side])
@@ -97,10 +98,25 @@ class Trainee(nn.Module):
         num_sums = 4 + len(autoencoder.term_names)
         self.register_buffer("sums_S", torch.zeros(num_sums, dtype=torch.float64), persistent=False)
         self._pending = Readback()
-        self._pending_l0: float | None = None
+        self._pending_step: Measured | None = None
         # who is dead is settled once per optimizer step: a latent that fires in the first micro-batch is not spared in
         # the second, as it would not be in one big batch
         self._dead_ids_A: Tensor | None = None
+
+    def _plant(self, lr_at: Callable[[int], float] | None) -> Plant:
+        nats_per_lr = self.autoencoder.slew_nats_per_lr
+
+        def slew(samples: int) -> float:
+            assert lr_at is not None
+            assert nats_per_lr is not None
+            return nats_per_lr * lr_at(samples) / self.batch
+
+        knob = self.autoencoder.knob
+        known = lr_at is not None and nats_per_lr is not None
+        return Plant(
+            knob.kind, knob.initial, knob.low, knob.high, self.autoencoder.d_sae, self.batch, self.total_samples,
+            slew if known else None,
+        )  # fmt: skip
 
     def forward(self, x_BD: Tensor, samples: int) -> Tensor:
         """The loss of one micro-batch.
@@ -188,18 +204,22 @@ class Trainee(nn.Module):
         num_rows = self.sums_S[0]
         means = {name: self.sums_S[4 + i] / num_rows for i, name in enumerate(self.term_names)}
         self.autoencoder.close_step({name: mean.float() for name, mean in means.items()}, self._now(samples))
-        self.controller.update(self._take_l0(), samples)
+        self.controller.update(self._take_step(), samples)
         self.mean_sq_residual.copy_(means["recon"])
-        self._pending.begin((self.sums_S[1] / num_rows).reshape(1))
-        self._pending_l0 = None
+        self._pending.begin(torch.stack([self.sums_S[1] / num_rows, self.autoencoder.threshold_coherence().double()]))
+        self._pending_step = None
         self._dead_ids_A = None
         self.sums_S.zero_()
 
-    def _take_l0(self) -> float | None:
-        if self._pending_l0 is None:
+    def _take_step(self) -> Measured | None:
+        if self._pending_step is None:
             values = self._pending.take()
-            self._pending_l0 = values[0] if values else None
-        return self._pending_l0
+            self._pending_step = Measured(*values) if values else None
+        return self._pending_step
+
+    def observe(self, row: Mapping[str, object], samples: int) -> None:
+        """Hands a row of held-out figures to the controller."""
+        self.controller.observe(row, samples)
 
     @torch.no_grad()
     def revive(self, batches_BD: Sequence[Tensor], optimizer: Optimizer, samples: int) -> None:
@@ -233,12 +253,14 @@ class Trainee(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Controller numbers and the measurement that it has not seen yet."""
-        return {"controller": self.controller.state_dict(), "pending_l0": self._take_l0()}
+        pending = self._take_step()
+        return {"controller": self.controller.state_dict(), "pending_step": None if pending is None else list(pending)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.controller.load_state_dict(state["controller"])
         self._pending = Readback()
-        self._pending_l0 = state["pending_l0"]
+        pending = state["pending_step"]
+        self._pending_step = None if pending is None else Measured(*pending)
 
 
 def _columns(x_BD: Tensor, sites: Sequence[SiteStats]) -> Tensor:

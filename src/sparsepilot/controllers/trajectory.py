@@ -1,0 +1,78 @@
+"""Set points over a run: breakpoints (share of the budget, L0) joined log-linearly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from sparsepilot.controllers.base import Plant
+from sparsepilot.errors import ConfigError
+
+REFERENCE = ((0.0, 8000.0), (0.125, 200.0), (0.25, 80.0), (0.375, 40.0), (0.5, 20.0), (1.0, 4.0))
+"""L0 of the reference run (200M samples) by share of its budget."""
+
+Breakpoints = Sequence[Sequence[float]]
+
+
+def set_point(breakpoints: Breakpoints, done: float) -> float:
+    """L0 at the share `done` of the budget, constant before the first breakpoint and after the last.
+
+    >>> [round(set_point(REFERENCE, done)) for done in (0, 0.0625, 0.125, 0.75, 1)]
+    [8000, 1265, 200, 9, 4]
+    """
+    if done <= breakpoints[0][0]:
+        return breakpoints[0][1]
+    for (start, l0_start), (end, l0_end) in pairwise(breakpoints):
+        if done < end:
+            return l0_start * (l0_end / l0_start) ** ((done - start) / (end - start))
+    return breakpoints[-1][1]
+
+
+def check_breakpoints(field: str, breakpoints: Breakpoints, lowest: float, d_sae: int) -> None:
+    """Refuses breakpoints that no run could follow.
+
+    Raises:
+        ConfigError: naming `field`, the breakpoint and what would be right.
+    """
+    shown = [list(point) for point in breakpoints]
+    if not shown or any(len(point) != 2 for point in shown):
+        raise ConfigError(f"{field} = {shown}: pairs [share of the budget, L0] are needed")
+    shares = [point[0] for point in breakpoints]
+    if sorted(set(shares)) != shares or shares[0] < 0 or shares[-1] > 1:
+        raise ConfigError(f"{field} = {shown}: shares of the budget must ascend within 0 to 1")
+    for share, l0 in breakpoints:
+        if not lowest <= l0 <= d_sae:
+            raise ConfigError(
+                f"{field}: L0 {l0:g} at {share:g} of the budget; this model can have {lowest:g} to {d_sae:,}"
+            )
+
+
+def steepest(breakpoints: Breakpoints) -> tuple[float, float, float]:
+    """(start, end, nats of ln L0 by which it falls per share of the budget) of the steepest fall.
+
+    >>> start, end, nats = steepest(REFERENCE)
+    >>> start, end, round(nats, 1)
+    (0.0, 0.125, 29.5)
+    """
+    falls = [(a, b, math.log(l0_a / l0_b) / (b - a)) for (a, l0_a), (b, l0_b) in pairwise(breakpoints)]
+    return max(falls, key=lambda fall: fall[2], default=(0.0, 1.0, 0.0))
+
+
+def refuse_too_steep(field: str, breakpoints: Breakpoints, plant: Plant) -> None:
+    """Refuses a fall of L0 that a penalty's plant cannot follow, however strong the penalty is.
+
+    Raises:
+        ConfigError: naming `field`, the fall, the limit and what would be right.
+    """
+    if plant.slew is None or plant.kind == "k":
+        return
+    start, end, nats_per_share = steepest(breakpoints)
+    fall = nats_per_share / plant.total_samples
+    limit = plant.slew(int((start + end) / 2 * plant.total_samples))
+    if fall > limit:
+        raise ConfigError(
+            f"{field}: L0 is to fall by {fall * plant.batch:.2g} nats per step between {start:g} and {end:g} of the "
+            f"budget; with this learning rate it can fall by at most {limit * plant.batch:.2g} per step, whatever the "
+            f"batch: give more samples, a smaller batch than {plant.batch}, a higher learning rate or a flatter fall"
+        )
