@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import Any, TypedDict
 
-from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic import PositiveFloat
 
 from sparsepilot.controllers.base import Measured, Plant
-from sparsepilot.controllers.laws import PI, Gains, average, keep_of, pi_step
+from sparsepilot.controllers.laws import PI, GainEstimate, Gains, average, clamp, estimate_gain, keep_of, pi_step
 from sparsepilot.errors import ConfigError
 
 COHERENT = 0.9
 """Share of the thresholds' motion in one direction from which on they count as running at their limit."""
 FEWEST = 1e-3
 """L0 that stands for none at all, where its logarithm is needed."""
+SMOOTH, SLOPE_OVER, RATIO_OVER, DRIFT_AFTER = 0.1, 0.5, 5.0, 20.0
+"""In lags: averages of L0, of the error for its slope and for the ratio; and the drift's time, see `laws.Gains`."""
+RATE = 10.0
+"""Nats that ln(strength) moves at most in a lag."""
+STATE = (
+    "strength", "_pi", "_estimate", "_mean_l0", "_mean_set_point", "_slow_error", "_settled_error", "_log_ratio",
+    "_error", "_slewing",
+)  # fmt: skip
 
 
 class LoopSettings(TypedDict, total=False):
@@ -25,31 +33,29 @@ class LoopSettings(TypedDict, total=False):
     lowest: PositiveFloat
     highest: PositiveFloat
     proportional: PositiveFloat
-    integral: PositiveFloat
-    smoothing: NonNegativeFloat
-    rate: PositiveFloat
+    lag_steps: PositiveFloat
 
 
 class L0Loop:
     """Turns a knob so that held-out rows have the L0 of a set point.
 
-    A penalty is turned by a PI law on ln(strength): u = P + I, P = proportional * e, dI/dn = P / integral_samples, with
-    e = ln(L0 / L0*), both averaged over `smoothing` alike, so that a moving set point is not followed with the
-    average's lag. k itself is set to the set point.
+    A penalty is turned by a PI law on ln(strength) (`laws.pi_step`) with e = ln(L0 / L0*), both smoothed alike, so that
+    a moving set point is not followed with the average's lag. Its proportional gain is divided by what the plant's is
+    estimated to be (`laws.estimate_gain`). k itself is set to the set point.
 
     What training measures differs from what a validation measures (BatchTopK's threshold, rows seen several times):
     at each validation the loop takes the ratio of the two, and aims at L0* / ratio in training.
 
-    Gains and times are shares of the budget, hence samples: they hold for any batch size.
+    All of its times are multiples of one lag: the optimizer steps until L0 answers a penalty. Adam remembers ten steps,
+    and moves the weights by one learning rate in each, whatever the batch: the lag is a number of steps, not of
+    samples (docs/decisions/0013).
 
     Args:
         initial_strength: of a penalty; None: the model's own coefficient.
         lowest: of a penalty's strength.
         highest: of a penalty's strength.
-        proportional: nats of ln(strength) per nat of error.
-        integral: share of the budget after which a constant error counts double.
-        smoothing: share of the budget over which L0 is averaged.
-        rate: nats by which ln(strength) moves at most in 1% of the budget.
+        proportional: nats of ln(strength) per nat of error, for a plant whose L0 falls by one nat per nat.
+        lag_steps: optimizer steps until L0 answers.
     """
 
     def __init__(
@@ -57,15 +63,13 @@ class L0Loop:
         initial_strength: float | None = None,
         lowest: float = 1e-6,
         highest: float = 1e6,
-        proportional: float = 2.0,
-        integral: float = 0.01,
-        smoothing: float = 0.002,
-        rate: float = 10.0,
+        proportional: float = 0.5,
+        lag_steps: float = 20.0,
     ) -> None:
         if lowest >= highest:
             raise ConfigError(f"controller.lowest = {lowest:g}: must lie below controller.highest = {highest:g}")
         self.initial_strength, self.lowest, self.highest = initial_strength, lowest, highest
-        self.proportional, self.integral, self.smoothing, self.rate = proportional, integral, smoothing, rate
+        self.proportional, self.lag_steps = proportional, lag_steps
 
     def bind(self, plant: Plant, set_point: float) -> None:
         """Before training; `set_point` is where a k starts.
@@ -80,17 +84,21 @@ class L0Loop:
         if not low <= self.strength <= high:
             field = "controller.initial_strength" if self.initial_strength else "model.coefficient"
             raise ConfigError(f"{field} = {self.strength:g}: should lie between {low:g} and {high:g}")
-        total = plant.total_samples
         self._low, self._high = low, high
+        self.lag = lag = self.lag_steps * plant.batch
         self._gains = Gains(
-            self.proportional, self.integral * total, 1.0, self.rate / (0.01 * total), math.log(low), math.log(high)
-        )
+            self.proportional, lag, DRIFT_AFTER * lag, 1.0, RATE / lag, math.log(low), math.log(high)
+        )  # fmt: skip
         u = math.log(self.strength)
-        self._pi = PI(u, u, 0.0, at_limit=False)
+        self._pi = PI(u, u)
+        self._estimate = GainEstimate()
         self._mean_l0: float | None = None
         self._mean_set_point = set_point
+        self._slow_error: float | None = None
+        self._settled_error: float | None = None
         self._log_ratio: float | None = None
         self._error = 0.0
+        self._slewing = False
 
     @property
     def lowest_l0(self) -> float:
@@ -120,32 +128,46 @@ class L0Loop:
             was: the set point that held in it.
             now: the set point of the next one.
         """
-        plant = self.plant
-        keep = keep_of(plant.batch, self.smoothing * plant.total_samples)
+        batch, lag = self.plant.batch, self.lag
+        keep = keep_of(batch, SMOOTH * lag)
         self._mean_set_point = average(None if self._mean_l0 is None else self._mean_set_point, was, keep)
         self._mean_l0 = average(self._mean_l0, measured.l0, keep)
+        self._settled_error = average(
+            self._settled_error, math.log(max(measured.l0, FEWEST) / was), keep_of(batch, RATIO_OVER * lag)
+        )
         self._error = math.log(max(self._mean_l0, FEWEST) * self.ratio / self._mean_set_point)
-        if plant.kind == "k":
-            self.strength = min(self._high, max(self._low, now / self.ratio))
+        if self.plant.kind == "k":
+            self.strength = clamp(now / self.ratio, self._low, self._high)
         else:
-            self._pi = pi_step(self._pi, self._error, plant.batch, self._gains, hold=measured.coherence > COHERENT)
-            self.strength = math.exp(self._pi.output)
+            self._turn_penalty(measured)
         return self.strength
+
+    def _turn_penalty(self, measured: Measured) -> None:
+        batch, lag = self.plant.batch, self.lag
+        assert self._mean_l0 is not None
+        answer = math.log(max(self._mean_l0, FEWEST))
+        self._estimate = estimate_gain(self._estimate, self._pi.output, answer, batch, lag)
+        gains = self._gains._replace(proportional=self.proportional / self._estimate.gain)
+        # an error that will be gone within a lag at its present pace needs nothing more than what made it go
+        self._slow_error = average(self._slow_error, self._error, keep_of(batch, SLOPE_OVER * lag))
+        in_a_lag = self._error + (self._error - self._slow_error) / SLOPE_OVER
+        self._slewing = measured.coherence > COHERENT
+        self._pi = pi_step(self._pi, self._error, batch, gains, hold=self._slewing or in_a_lag * self._error < 0)
+        self.strength = math.exp(self._pi.output)
 
     def wait(self, strength: float) -> None:
         """Puts a penalty where an outer law wants it, so that the loop later goes on from there without a jump."""
         u = math.log(min(self._high, max(self._low, strength)))
-        self._pi = PI(u, u, 0.0, at_limit=False)
+        self._pi = PI(u, u)
         self.strength = math.exp(u)
 
     def observe(self, row: Mapping[str, object], now: float) -> None:
         """A validation's row; `now` is the set point that held when it was made."""
         l0 = row.get("val/l0")
-        if not isinstance(l0, float) or l0 <= 0 or not self._mean_l0:
+        if not isinstance(l0, float) or l0 <= 0 or self._settled_error is None:
             return
-        # what training measures now: the average, moved along by what the set point has moved since
-        seen = math.log(l0 / (self._mean_l0 * now / self._mean_set_point))
-        self._log_ratio = min(0.5, max(-0.5, average(self._log_ratio, seen, 0.5)))
+        seen = math.log(l0 / now) - self._settled_error  # batches are noisy: what they had lately, by the set point
+        self._log_ratio = clamp(average(self._log_ratio, seen, 0.5), -0.5, 0.5)
 
     def readings(self) -> dict[str, float]:
         """As `Controller.readings`, and P and I of a penalty."""
@@ -159,29 +181,23 @@ class L0Loop:
         }
         if self.plant.kind == "k":
             return {**readings, "at_limit": float(self.strength in (self._low, self._high))}
-        at_limit = float(self._pi.at_limit)
-        return {**readings, "at_limit": at_limit, "p": self._pi.proportional, "i": self._pi.integral}
-
-    def state_dict(self) -> dict[str, float | None]:
-        """Numbers only."""
         return {
-            "loop_strength": self.strength,
-            "output": self._pi.output,
-            "integral": self._pi.integral,
-            "proportional": self._pi.proportional,
-            "at_limit": float(self._pi.at_limit),
-            "mean_l0": self._mean_l0,
-            "mean_set_point": self._mean_set_point,
-            "log_ratio": self._log_ratio,
-            "error": self._error,
+            **readings,
+            "at_limit": float(self._pi.at_limit or self._slewing),
+            "p": self._pi.proportional,
+            "i": self._pi.integral,
+            "plant_gain": self._estimate.gain,
         }
 
-    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, and lists of them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self._state().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        given = {name: float(value) for name, value in state.items() if value is not None}
-        self.strength = given["loop_strength"]
-        self._pi = PI(given["output"], given["integral"], given["proportional"], bool(given["at_limit"]))
-        self._mean_l0 = given.get("mean_l0")
-        self._mean_set_point = given["mean_set_point"]
-        self._log_ratio = given.get("log_ratio")
-        self._error = given["error"]
+        for name, value in state.items():
+            kind = {"_pi": PI, "_estimate": GainEstimate}.get(name)
+            setattr(self, name, value if kind is None else kind(*(tuple(v) if isinstance(v, list) else v for v in value)))
+
+    def _state(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in STATE}

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, Unpack
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Unpack
 
 from pydantic import Field, PositiveFloat
 
 from sparsepilot.controllers.base import Controller, Measured, Plant
-from sparsepilot.controllers.l0_loop import FEWEST, L0Loop, LoopSettings
-from sparsepilot.controllers.trajectory import REFERENCE, check_breakpoints, refuse_too_steep, set_point
+from sparsepilot.controllers.l0_loop import L0Loop, LoopSettings
+from sparsepilot.controllers.trajectory import (
+    REFERENCE,
+    Breakpoints,
+    check_breakpoints,
+    glide,
+    refuse_too_steep,
+    set_point,
+)
 from sparsepilot.errors import ConfigError
 
 DEFAULT_L0 = 32.0
+FOLLOWED_PER_LAG = 0.6
+"""Nats by which the set point goes down, in a lag of the loop, with an L0 that falls by itself."""
 
 
 class L0Target(Controller):
@@ -21,7 +30,8 @@ class L0Target(Controller):
     Args:
         target_l0: what the run is to end at; None: a k model's own k, 32 for others.
         trajectory: [share of the budget, L0] breakpoints, joined log-linearly; `reference`: those of the reference
-            run; None: from where the run starts to the target at `reach` (a k: at the target throughout).
+            run; None: from where the run starts to the target at `reach`, ever lower where L0 falls by itself (a k: at
+            the target throughout).
         reach: share of the budget at which the target is reached.
         loop: settings of the inner loop.
     """
@@ -39,52 +49,54 @@ class L0Target(Controller):
             )
         self.target_l0, self.reach = target_l0, reach
         given = REFERENCE if trajectory == "reference" else trajectory
-        self._given: Sequence[Sequence[float]] | None = given
+        self._given: Breakpoints | None = given
         self.loop = L0Loop(**loop)
 
     def bind(self, plant: Plant) -> None:
         self.plant = plant
-        if self.target_l0 is None:
-            self.target_l0 = plant.initial if plant.kind == "k" else DEFAULT_L0
-        self._start_l0: float | None = None
-        self.loop.bind(plant, self.set_point(0))
+        self._target = self.target_l0 or (plant.initial if plant.kind == "k" else DEFAULT_L0)
+        field, breakpoints = "controller.trajectory", self._given
+        if breakpoints is None:
+            field, breakpoints = "controller.target_l0", [(self.reach, self._target)]
+        self._set_point = self._begins_at(breakpoints)
+        self.loop.bind(plant, self._set_point)
         self.strength = self.loop.strength
-        field = "controller.target_l0" if self._given is None else "controller.trajectory"
-        check_breakpoints(field, self._breakpoints(), self.loop.lowest_l0, plant.d_sae)
-        refuse_too_steep(field, self._breakpoints(), plant)
+        check_breakpoints(field, breakpoints, self.loop.lowest_l0, plant.d_sae)
+        refuse_too_steep(field, breakpoints, plant)
 
-    def set_point(self, samples: int) -> float:
-        """L0 that held-out rows are to have at the clock `samples`."""
-        return set_point(self._breakpoints(), samples / self.plant.total_samples)
-
-    def _breakpoints(self) -> Sequence[Sequence[float]]:
-        if self._given is not None:
-            return self._given
-        assert self.target_l0 is not None
-        if self.plant.kind == "k":
-            return [(0.0, self.target_l0)]
-        start_l0 = self.plant.d_sae / 2 if self._start_l0 is None else self._start_l0
-        return [(0.0, max(start_l0, self.target_l0)), (self.reach, self.target_l0)]
+    def _begins_at(self, breakpoints: Breakpoints) -> float:
+        follows = self._given is None and self.plant.kind == "penalty"
+        return float(self.plant.d_sae) if follows else set_point(breakpoints, 0.0)
 
     def update(self, measured: Measured | None, samples: int) -> float:
         if measured is not None:
-            if self._start_l0 is None:
-                self._start_l0 = max(measured.l0, FEWEST)
-            # the measurement is of the step before the one just taken
-            was = self.set_point(samples - self.plant.batch)
-            self.strength = self.loop.step(measured, was, self.set_point(samples))
+            was = self._set_point
+            if self._given is None and self.plant.kind == "penalty" and self.loop.l0 is None:
+                was = max(measured.l0, self._target)  # the run starts here
+            self._set_point = self._next(was, measured, samples)
+            self.strength = self.loop.step(measured, was, self._set_point)
         return self.strength
 
+    def _next(self, was: float, measured: Measured, samples: int) -> float:
+        plant = self.plant
+        if self._given is not None:
+            return set_point(self._given, samples / plant.total_samples)
+        if plant.kind == "k":
+            return self._target
+        left = self.reach * plant.total_samples - samples
+        l0 = self.loop.l0 or measured.l0
+        return glide(was, l0, self._target, plant.batch, left, FOLLOWED_PER_LAG / self.loop.lag)
+
     def observe(self, row: Mapping[str, object], samples: int) -> None:
-        self.loop.observe(row, self.set_point(samples))
+        self.loop.observe(row, self._set_point)
 
     def readings(self) -> dict[str, float]:
         return self.loop.readings()
 
-    def state_dict(self) -> dict[str, float | None]:
-        return {"strength": self.strength, "start_l0": self._start_l0, **self.loop.state_dict()}
+    def state_dict(self) -> dict[str, Any]:
+        return {"loop": self.loop.state_dict(), "set_point": self._set_point}
 
-    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
-        self.loop.load_state_dict(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loop.load_state_dict(state["loop"])
         self.strength = self.loop.strength
-        self._start_l0 = state["start_l0"]
+        self._set_point = state["set_point"]

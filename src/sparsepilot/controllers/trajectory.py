@@ -29,6 +29,23 @@ def set_point(breakpoints: Breakpoints, done: float) -> float:
     return breakpoints[-1][1]
 
 
+def glide(before: float, l0: float, target: float, samples: float, left: float, followed: float) -> float:
+    """The set point `samples` later, on the way to a target that is due when `left` samples have passed.
+
+    It falls log-linearly; where L0 is already lower, early in training and by itself, it goes down with it, by at most
+    `followed` nats per sample, instead of holding L0 up. It never rises, and never goes below the target.
+
+    >>> round(glide(100, 100, 25, samples=1, left=2, followed=0.1))
+    50
+    >>> round(glide(100, 40, 25, samples=1, left=1000, followed=0.1), 1), glide(100, 5, 25, 1, 1000, followed=10)
+    (90.5, 25.0)
+    """
+    if before <= target or left <= samples:
+        return float(target)
+    line = before * (target / before) ** (samples / left)
+    return max(float(target), min(line, max(l0, before * math.exp(-followed * samples))))
+
+
 def check_breakpoints(field: str, breakpoints: Breakpoints, lowest: float, d_sae: int) -> None:
     """Refuses breakpoints that no run could follow.
 
