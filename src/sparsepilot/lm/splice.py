@@ -60,6 +60,7 @@ class SplicedCrossEntropy:
         tokens: predictions at least.
         often_tokens: of measurements made often, at least; None: all.
         batch_contexts: contexts per pass.
+        kl: whether the last measurement gives `kl`.
 
     Raises:
         ConfigError: where the text is too short.
@@ -74,8 +75,9 @@ class SplicedCrossEntropy:
         tokens: int,
         often_tokens: int | None = None,
         batch_contexts: int = 8,
+        kl: bool = True,
     ) -> None:
-        self._seam, self._mean_D = seam, mean_D
+        self.seam, self._mean_D, self._kl = seam, mean_D, kl
         predicted_CL = contexts.predicted_CL
         counts_C = predicted_CL.sum(axis=1)
         useful_C = np.flatnonzero(counts_C)
@@ -98,21 +100,21 @@ class SplicedCrossEntropy:
 
     @torch.no_grad()
     def measure(
-        self, reconstruct: Reconstruct, *, often: bool = False, kl: bool = False, device: torch.device | None = None
+        self, reconstruct: Reconstruct, *, often: bool = False, last: bool = False, device: torch.device | None = None
     ) -> dict[str, float]:
         """The figures above, equal on all ranks. The first call also runs the clean model and the ablations.
 
         Args:
             reconstruct: of the dictionary, as at inference.
-            often: on the smaller set; `kl` is left out then.
-            kl: whether to compute it, for as much again as the rest.
+            often: on the smaller set.
+            last: whether this is the one measurement that gives `kl`, for as much time again.
             device: of `reconstruct`; None: the language model's.
 
         Raises:
             NonFiniteError: when the cross-entropy is NaN or infinite.
         """
-        device = device or self._seam.lm.device
-        with torch.autocast(device.type, enabled=False), torch.autocast(self._seam.lm.device.type, enabled=False):
+        device = device or self.seam.lm.device
+        with torch.autocast(device.type, enabled=False), torch.autocast(self.seam.lm.device.type, enabled=False):
             if self._own is None:
                 self._prepare(device)
             batches = self.batches[: self._num_often] if often else self.batches
@@ -121,7 +123,7 @@ class SplicedCrossEntropy:
                 x_RD = own.kept.read_ND.index_select(0, own.batch.rows_R.to(own.kept.read_ND.device))
                 return reconstruct(x_RD.to(device, torch.float32))
 
-            sums_S, kl_S = self._run(batches, spliced, device, kl=kl and not often)
+            sums_S, kl_S = self._run(batches, spliced, device, kl=self._kl and last)
         return self._figures(batches, sums_S, kl_S)
 
     @property
@@ -136,7 +138,7 @@ class SplicedCrossEntropy:
     def _prepare(self, device: torch.device) -> None:
         """What each batch starts from, and the figures that do not depend on the dictionary."""
         mine = range(rank(), len(self.batches), num_ranks())
-        self._own = [_Own(self.batches[i], self._seam.keep(self.batches[i].tokens_CL)) for i in mine]
+        self._own = [_Own(self.batches[i], self.seam.keep(self.batches[i].tokens_CL)) for i in mine]
         self._clean, _ = self._run(self.batches, None, device)
         mean_D = self._mean_D.to(device, torch.float32)
         for name, y_D in (("_zero", torch.zeros_like(mean_D)), ("_mean", mean_D)):
@@ -166,7 +168,7 @@ class SplicedCrossEntropy:
 
     def _pass(self, own: _Own, y_RD: Tensor | None, kl: bool) -> Tensor:
         """[2, parts] fp64: one batch's sums."""
-        seam, batch = self._seam, own.batch
+        seam, batch = self.seam, own.batch
         states_PD = seam.states(own.kept, batch.rows_R, y_RD)[batch.predictions_P.to(seam.lm.device)]
         clean_PD = seam.states(own.kept)[batch.predictions_P.to(seam.lm.device)] if kl else None
         losses, kls = [], []

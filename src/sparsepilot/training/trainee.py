@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -226,6 +226,15 @@ class Trainee(nn.Module):
             self.autoencoder, ids_A, x_BD, y_BD, torch.cat(sq_errors),
             revival.encoder_scale, self.seed, samples, optimizer,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def reconstruct(self, x_BD: Tensor) -> Tensor:
+        """[B, d_out] raw reconstructions, as at inference, of [B, D_all] raw rows with all sites of the run."""
+        x_in_BD, y_BD = self.scaled(x_BD)
+        return self.autoencoder.evaluate(x_in_BD, y_BD, self.controller.strength).y_hat_BD / self.scale_out
+
+    def observe(self, measurements: Mapping[str, Any], samples: int) -> None:
+        """What a validation, or a cross-entropy between two, has found at the clock `samples`; equal on all ranks."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups of this trainee's parameters."""

@@ -160,8 +160,8 @@ def test_a_pass_from_the_site_on_is_a_whole_pass_with_a_hook(name: str, site: st
     site = site.format(LAYERS[name])
     lm, contexts = make(name), make_contexts()
     ce = all_of(lm, contexts, site)
-    assert ce._seam.restarts
-    assert ce._seam.head_apart
+    assert ce.seam.restarts
+    assert ce.seam.head_apart
     mean_D = torch.linspace(-1, 1, WIDTH)
     found = ce.measure(shrink)
     assert found["ce"] == pytest.approx(plain_ce(lm, contexts, site, shrink), rel=1e-5)
@@ -178,7 +178,7 @@ def test_a_pass_from_the_site_on_is_a_whole_pass_with_a_hook(name: str, site: st
 @pytest.mark.parametrize("site", ["{}.2", "{}.1.mlp", "{}.1.mlp:in"])
 def test_identity_changes_no_bit_and_zeros_are_the_ablation(name: str, site: str) -> None:
     ce = all_of(make(name), make_contexts(), site.format(LAYERS[name]))
-    same = ce.measure(lambda x_ND: x_ND, kl=True)
+    same = ce.measure(lambda x_ND: x_ND, last=True)
     assert same["ce"] == same["ce_clean"]
     assert same["ce_se"] == 0.0
     assert same["kl"] == 0.0
@@ -217,8 +217,8 @@ def test_a_transcoder_reads_the_clean_pass_and_writes_further_up() -> None:
 def test_a_site_outside_the_blocks_takes_whole_passes(site: str) -> None:
     lm, contexts = make("llama"), make_contexts()
     ce = all_of(lm, contexts, site)
-    assert not ce._seam.restarts
-    assert ce._seam.head_apart == (site != "lm_head:in")
+    assert not ce.seam.restarts
+    assert ce.seam.head_apart == (site != "lm_head:in")
     plain_site = "model.norm" if site == "lm_head:in" else site
     assert ce.measure(shrink)["ce"] == pytest.approx(plain_ce(lm, contexts, plain_site, shrink), rel=1e-5)
 
@@ -232,14 +232,14 @@ def test_a_model_whose_layers_look_further_down_takes_whole_passes() -> None:
     layers[3].register_forward_pre_hook(lambda _, args: (args[0] + seen[-1][: len(args[0])], *args[1:]))
     seen.append(torch.zeros(8, 12, WIDTH))
     ce = all_of(lm, contexts, "model.layers.2", batch_contexts=1)
-    assert not ce._seam.restarts
-    assert ce._seam.head_apart
+    assert not ce.seam.restarts
+    assert ce.seam.head_apart
     assert ce.measure(shrink)["ce"] == pytest.approx(plain_ce(lm, contexts, "model.layers.2", shrink), rel=1e-5)
 
 
 def test_kl_is_that_of_whole_distributions() -> None:
     lm, contexts, site = make("gpt2"), make_contexts(), "transformer.h.2"
-    found = all_of(lm, contexts, site).measure(shrink, kl=True)["kl"]
+    found = all_of(lm, contexts, site).measure(shrink, last=True)["kl"]
     total, num = 0.0, 0
     for c in range(7):
         tokens_1L = torch.from_numpy(contexts.tokens_CL[c : c + 1].astype(np.int64))
@@ -258,8 +258,8 @@ def test_a_pass_leaves_no_trace() -> None:
     before = {name: set(module.__dict__) for name, module in lm.model.named_modules()}
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.model.modules())
     random = torch.random.get_rng_state()
-    first = ce.measure(shrink, kl=True)
-    assert ce.measure(shrink, kl=True) == first  # equal bits, and nothing that is kept was changed
+    first = ce.measure(shrink, last=True)
+    assert ce.measure(shrink, last=True) == first  # equal bits, and nothing that is kept was changed
     assert {name: set(module.__dict__) for name, module in lm.model.named_modules()} == before
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.model.modules()) == hooks
     assert torch.equal(torch.random.get_rng_state(), random)
@@ -276,7 +276,7 @@ def test_the_set_is_spread_and_a_smaller_one_stands_on_its_scale() -> None:
     assert np.diff(chosen).max() <= 3  # about every second one, from end to end
     assert chosen[0] <= 1
     assert chosen[-1] >= 37
-    full, often = ce.measure(shrink), ce.measure(shrink, often=True, kl=True)
+    full, often = ce.measure(shrink), ce.measure(shrink, often=True)
     assert {k: often[k] for k in ("ce_clean", "ce_zero")} == {k: full[k] for k in ("ce_clean", "ce_zero")}
     assert "kl" not in often
     assert often["ce_se"] > 0
