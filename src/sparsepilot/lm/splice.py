@@ -74,7 +74,7 @@ class SplicedCrossEntropy:
         *,
         tokens: int,
         often_tokens: int | None = None,
-        batch_contexts: int = 8,
+        batch_contexts: int = 4,
         kl: bool = True,
     ) -> None:
         self.seam, self._mean_D, self._kl = seam, mean_D, kl
