@@ -14,9 +14,10 @@ from sparsepilot.errors import ConfigError
 from sparsepilot.lm.capture import capture, first_tensor, split_site
 from sparsepilot.lm.load import LanguageModel
 
-_TOLERANCE = 1e-4
-"""Largest relative difference between the short way and the whole model, before the short way is given up. On a CPU the
-two have equal bits."""
+_TOLERANCE = {torch.float32: 1e-4}
+_TOLERANCE_OF_HALVES = 2e-2
+"""Largest difference of a logit between the short way and the whole model, as a share of the largest logit, before the
+short way is given up. On a CPU the two have equal bits; kernels may choose by shape."""
 
 
 class Kept(NamedTuple):
@@ -183,7 +184,8 @@ class Seam:
             return False  # the model wants more of its parts than a stand-in gives
         if found_NV.shape != logits_NV.shape:
             return False
-        return bool((found_NV - logits_NV).abs().max() <= _TOLERANCE * logits_NV.abs().max())
+        tolerance = _TOLERANCE.get(self.lm.dtype, _TOLERANCE_OF_HALVES)
+        return bool((found_NV - logits_NV).abs().max() <= tolerance * logits_NV.abs().max())
 
 
 class _Put:

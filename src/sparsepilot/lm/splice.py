@@ -49,9 +49,12 @@ class SplicedCrossEntropy:
     A batch has the same contexts whatever the ranks and the measurement; ranks share out batches, and sums travel by
     document and context before they are added up. So all ranks hold the same number, and as many ranks as one.
 
+    What the clean model and the ablations lose is computed once, and kept as sums by document and context.
+
     Memory beside the model, shared out over ranks: what enters the layers above the site, C * L * D numbers in the
-    model's dtype (as much again where another site is read), and 4 bytes per prediction (10,000 predictions of
-    SmolLM2: 12 MiB); logits of 256 positions at a time. `kept_bytes` is the exact number after the first measurement.
+    model's dtype (as much again where another site is read), and some 40 bytes per position for tokens and indices
+    (10,000 predictions of SmolLM2: 12 MiB); logits of 256 positions at a time. `kept_bytes` is the number after the
+    first measurement.
 
     Args:
         seam: the model, cut at the site.
@@ -128,10 +131,8 @@ class SplicedCrossEntropy:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes that this process keeps between measurements."""
-        return sum(own.kept.num_bytes for own in self._own or ()) + sum(
-            array.nbytes for array in (self._clean, self._zero, self._mean)
-        )
+        """Bytes that this process keeps between measurements for its passes."""
+        return sum(own.kept.num_bytes for own in self._own or ())
 
     # ------------------------------------------------------------------------------------------------ passes
 
