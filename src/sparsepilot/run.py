@@ -44,8 +44,8 @@ from sparsepilot.reporting.wandb import WandbCopy
 from sparsepilot.rows import read_rows
 from sparsepilot.run_folder import RunFolder, write_json
 from sparsepilot.training.module import TrainingModule
-from sparsepilot.training.trainee import Trainee
-from sparsepilot.training.validation import Validation
+from sparsepilot.training.trainee import Sites, Trainee
+from sparsepilot.training.validation import CrossEntropy, Validation
 from sparsepilot.wiring import WIRING, wire
 
 NO_LIGHTNING_VALIDATION = 2**62  # batches; ValidateEvery decides instead
@@ -192,7 +192,9 @@ def build_module(cfg: DictConfig, data: ActivationData) -> TrainingModule:
     trainee = Trainee(
         autoencoder, controller, wired.sites, total_samples, cfg.batch, cfg.seed, lambda at: schedule(at, total_samples)
     )
-    validation = Validation(trainee, data.cache.num_train_rows, data.cache.planted_features())
+    validation = Validation(
+        trainee, data.cache.num_train_rows, data.cache.planted_features(), build_cross_entropy(cfg, data, wired.sites)
+    )
     return TrainingModule(
         trainees={"sae": trainee},
         validations={"sae": validation},
@@ -203,6 +205,15 @@ def build_module(cfg: DictConfig, data: ActivationData) -> TrainingModule:
         clip_norm=cfg.clip_norm,
         log_every_steps=cfg.callbacks.log_every_steps,
     )
+
+
+def build_cross_entropy(cfg: DictConfig, data: ActivationData, sites: Sites) -> CrossEntropy | None:
+    """The measurement of the language model with the reconstruction spliced in, where it is asked for."""
+    values = plain(cfg)
+    if values["cross_entropy"] is None:
+        return None
+    make = instantiate({**values["cross_entropy"], "_partial_": True})
+    return cast(CrossEntropy, make(data=data, sites=sites, lm=values["lm"]))
 
 
 def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Console, samples: int) -> L.Trainer:
@@ -220,7 +231,11 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Cons
     )
     callbacks: list[L.Callback] = [
         log,
-        ValidateEvery(when.validate_every_samples or max(cfg.batch, total_samples // 20)),
+        ValidateEvery(
+            when.validate_every_samples or max(cfg.batch, total_samples // 20),
+            log,
+            cfg.cross_entropy.every_samples if cfg.cross_entropy else None,
+        ),
         ProgressLine(log, console),
         checkpoint,
         StopAtStep(checkpoint, folder),

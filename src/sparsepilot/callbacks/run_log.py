@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -59,7 +60,7 @@ class RunLog(L.Callback):
         if not ended_optimizer_step(trainer) or pl_module.train_row is None:
             return
         self.last_train_row = dict(pl_module.train_row)
-        self._write(trainer, self.last_train_row)
+        self.write(trainer, self.last_train_row)
         self._write_timing(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -72,7 +73,7 @@ class RunLog(L.Callback):
         if trainer.sanity_checking or pl_module.val_row is None:
             return
         self.val_rows.append(dict(pl_module.val_row))
-        self._write(trainer, self.val_rows[-1])
+        self.write(trainer, self.val_rows[-1])
         self._last_s += time.monotonic() - self._validation_began_s
 
     def before_checkpoint(self, module: TrainingModule) -> None:
@@ -96,7 +97,15 @@ class RunLog(L.Callback):
             file.close()
         self._files = None
 
-    def _write(self, trainer: L.Trainer, row: dict[str, Any]) -> None:
+    @contextmanager
+    def apart_from_training(self) -> Iterator[None]:
+        """Leaves the time of what is done within out of samples per second."""
+        began_s = time.monotonic()
+        yield
+        self._last_s += time.monotonic() - began_s
+
+    def write(self, trainer: L.Trainer, row: dict[str, Any]) -> None:
+        """Appends a row to metrics.jsonl, and its numbers to the user's loggers."""
         if self._files is None:
             return
         self._files[0].append(row)

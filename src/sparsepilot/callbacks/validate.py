@@ -1,4 +1,4 @@
-"""When to validate: on the sample clock, and at the end."""
+"""When to validate, and when to run the language model in between: on the sample clock, and at the end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 
+from sparsepilot.callbacks.run_log import RunLog
 from sparsepilot.callbacks.steps import ended_optimizer_step
 from sparsepilot.training.module import TrainingModule
 
@@ -16,10 +17,18 @@ class ValidateEvery(L.Callback):
     Lightning's own trigger counts batches of the present process. This one counts samples of the run, and acts inside
     `on_train_batch_end`, before the checkpoint callback: a checkpoint never lies between a step and the validation that
     belongs to it.
+
+    Args:
+        every_samples: between validations.
+        log: takes the rows of measurements in between.
+        cross_entropy_every_samples: between measurements of the language model's cross-entropy, of which each
+            validation is one; None: at validations alone.
     """
 
-    def __init__(self, every_samples: int) -> None:
+    def __init__(self, every_samples: int, log: RunLog, cross_entropy_every_samples: int | None = None) -> None:
         self.every_samples = every_samples
+        self.cross_entropy_every_samples = cross_entropy_every_samples
+        self._log = log
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -28,9 +37,16 @@ class ValidateEvery(L.Callback):
         assert isinstance(pl_module, TrainingModule)
         if not ended_optimizer_step(trainer):
             return
-        crossed = pl_module.samples // self.every_samples > (pl_module.samples - pl_module.batch) // self.every_samples
-        if crossed or pl_module.step >= pl_module.total_steps:
+        if _crossed(pl_module, self.every_samples) or pl_module.step >= pl_module.total_steps:
             _run_validation_loop(trainer)
+        elif self.cross_entropy_every_samples is not None and _crossed(pl_module, self.cross_entropy_every_samples):
+            with self._log.apart_from_training():
+                self._log.write(trainer, pl_module.measure_cross_entropy())
+
+
+def _crossed(module: TrainingModule, every_samples: int) -> bool:
+    """Whether the step just taken passed a multiple of `every_samples`."""
+    return module.samples // every_samples > (module.samples - module.batch) // every_samples
 
 
 def _run_validation_loop(trainer: L.Trainer) -> None:

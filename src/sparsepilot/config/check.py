@@ -15,7 +15,7 @@ from sparsepilot.lm import text as lm_text
 from sparsepilot.reporting.wandb import resolve_mode
 from sparsepilot.wiring import WIRING, check_sites, wire
 
-BEST_BY = ("val/fvu", "val/loss", "val/mse")
+BEST_BY = ("val/fvu", "val/loss", "val/mse", "val/ce")
 """Validation metrics of which less is better."""
 
 
@@ -38,6 +38,8 @@ def check(cfg: DictConfig) -> None:
     _check_data(plain)
     _check_trainer(plain["trainer"])
     _check_loggers(plain["logger"] or {})
+    if plain["cross_entropy"] is not None:
+        _check_cross_entropy(plain)
     _check_relations(plain)
 
 
@@ -113,6 +115,8 @@ def _check_numbers(plain: dict[str, Any]) -> None:
         raise ConfigError(f"callbacks.keep_last = {callbacks['keep_last']}: at least 2, so that one may be damaged")
     if callbacks["keep_best"] < 0:
         raise ConfigError(f"callbacks.keep_best = {callbacks['keep_best']}: 0 or more is needed")
+    if callbacks["best_by"] == "val/ce" and plain["cross_entropy"] is None:
+        raise ConfigError("callbacks.best_by = val/ce: is not measured; set cross_entropy=spliced")
     if callbacks["best_by"] not in BEST_BY:
         raise ConfigError(f"callbacks.best_by = {callbacks['best_by']}: should be one of {', '.join(BEST_BY)}")
     for name in ("log_every_steps", "validate_every_samples", "checkpoint_every_samples"):
@@ -122,6 +126,42 @@ def _check_numbers(plain: dict[str, Any]) -> None:
         raise ConfigError(
             f"callbacks.checkpoint_every_minutes = {callbacks['checkpoint_every_minutes']}: a positive time is needed"
         )
+
+
+def _check_cross_entropy(plain: dict[str, Any]) -> None:
+    """What can be said before there is a cache; `sparsepilot.cross_entropy` says the rest before training starts."""
+    node, data, sites = plain["cross_entropy"], plain["data"], plain["model"].get("sites")
+    if "_target_" not in node:
+        raise ConfigError("cross_entropy: has no _target_; use cross_entropy=spliced, or cross_entropy=none")
+    check_target("cross_entropy", node, given=("data", "sites", "lm"))
+    check_fields("lm", plain["lm"], lm_load.load)
+    build = data.get("build")
+    if build is not None and not build["_target_"].endswith("build_from_lm"):
+        raise ConfigError(
+            f"cross_entropy: data.build ({build['_target_']}) makes rows without a language model; use a cache of one "
+            "(data=demo, data=lm), or cross_entropy=none"
+        )
+    if isinstance(data["path"], dict):
+        raise ConfigError(
+            f"cross_entropy: data.path = {data['path']} names several caches, each made by its own language model; "
+            "set cross_entropy=none"
+        )
+    read = sites["read"] if isinstance(sites, dict) else sites if sites is not None else data["sites"]
+    write = sites["write"] if isinstance(sites, dict) else read
+    for names in (read, write):
+        if len(names) > 1:
+            raise ConfigError(
+                f"cross_entropy: the dictionary has several sites ({', '.join(names)}), and no one place to be spliced "
+                "in; it is measured where one is read and one is written; set cross_entropy=none"
+            )
+    often, tokens, every = (node.get(name) for name in ("often_tokens", "tokens", "every_samples"))
+    if often is not None and every is None:
+        raise ConfigError(
+            f"cross_entropy.often_tokens = {often}: nothing is measured between validations; set "
+            "cross_entropy.every_samples, too"
+        )
+    if often is not None and tokens is not None and often > tokens:
+        raise ConfigError(f"cross_entropy.often_tokens = {often}: at most cross_entropy.tokens = {tokens}")
 
 
 PRECISIONS = ("32-true", "bf16-mixed")

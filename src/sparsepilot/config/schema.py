@@ -44,6 +44,8 @@ class Config:
     data: Any = MISSING
     lm: Any = MISSING
     text: Any = MISSING
+    cross_entropy: Any = MISSING
+    """None, or what runs the language model with the reconstruction spliced in"""
     trainer: Any = MISSING
     logger: Any = MISSING
     callbacks: Callbacks = field(default_factory=Callbacks)

@@ -32,7 +32,7 @@ def expand_sites(lm: LanguageModel, patterns: Iterable[str]) -> list[str]:
     names = [name for name, _ in lm.model.named_modules() if name]
     sites: dict[str, None] = {}
     for pattern in patterns:
-        path, side = _split(pattern)
+        path, side = split_site(pattern)
         parts = path.split(".")
         hits = [name for name in names if _matches(name.split("."), parts)]
         if not hits:
@@ -69,7 +69,7 @@ def capture(
     def seen(site: str, value: Any) -> None:
         if site in kept:
             return
-        x = _first_tensor(value)
+        x = first_tensor(value)
         if x is None or not x.is_floating_point() or x.ndim < 2 or x.numel() != num_rows * x.shape[-1]:
             found = "no tensor" if x is None else f"{x.dtype} {list(x.shape)}"
             raise DataError(
@@ -83,7 +83,7 @@ def capture(
     handles = []
     try:
         for site in sites:
-            path, side = _split(site)
+            path, side = split_site(site)
             if path not in modules:
                 raise DataError(f"site {site!r}: no such submodule in {lm.id}; {nearest(path, modules)}")
             handles.append(_hook(modules[path], side, partial(seen, site)))
@@ -99,7 +99,8 @@ def capture(
     return {site: kept[site] for site in sites}
 
 
-def _split(site: str) -> tuple[str, str]:
+def split_site(site: str) -> tuple[str, str]:
+    """The path of a site and its side, `in` or `out`. Raises DataError for another side."""
     path, colon, side = site.partition(":")
     if colon and side not in ("in", "out"):
         raise DataError(f"site {site!r}: after the colon stands 'in' or 'out', not {side!r}")
@@ -120,11 +121,12 @@ def _hook(module: nn.Module, side: str, seen: Callable[[Any], None]) -> torch.ut
     )
 
 
-def _first_tensor(value: Any) -> Tensor | None:
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor of what a module was given or gave."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, dict):  # includes transformers' ModelOutput
         value = list(value.values())
     if isinstance(value, (tuple, list)):
-        return next((found for item in value if (found := _first_tensor(item)) is not None), None)
+        return next((found for item in value if (found := first_tensor(item)) is not None), None)
     return None

@@ -28,6 +28,8 @@ def print_end(console: Console, folder: RunFolder, summary: Mapping[str, Any], d
     ]
     if "val/recovery" in metrics:
         rows.insert(2, ("planted features recovered", f"mean cosine {metrics['val/recovery']:.3f}"))
+    if "val/ce" in metrics:
+        rows.insert(2, ("cross-entropy (validation)", _cross_entropy(metrics)))
     for name, value in rows:
         table.add_row(name, value)
     console.print(table)
@@ -51,6 +53,13 @@ def print_sizes(console: Console, sizes: Mapping[str, str]) -> None:
     for name, value in sizes.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _cross_entropy(metrics: Mapping[str, Any]) -> str:
+    text = f"{metrics['val/ce']:.4f}, clean {metrics['val/ce_clean']:.4f}"
+    if "val/ce_recovered" in metrics:
+        text += f", {metrics['val/ce_recovered']:.1%} recovered"
+    return text
 
 
 def _number(value: Any) -> str:

@@ -145,12 +145,21 @@ class TrainingModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Closes the validation into `val_row`."""
+        last = self.step >= self.total_steps
+        self.val_row = self._observed(lambda validation: validation.finish(self.samples, last))
+
+    def measure_cross_entropy(self) -> Row:
+        """A row of the language model's figures alone, between two validations."""
+        return self._observed(lambda validation: validation.cross_entropy(often=True))
+
+    def _observed(self, measure: Callable[[Validation], Row]) -> Row:
+        """The row of a measurement of each trainee, who hears of its own."""
         row = self.clock()
         for (prefix, trainee), validation in zip(self.each(), self.validations.values(), strict=True):
-            own = cast(Validation, validation).finish(self.samples)
-            row |= {prefix + key: value for key, value in own.items()}
+            own = measure(cast(Validation, validation))
             trainee.observe(own, self.samples)
-        self.val_row = row
+            row |= {prefix + key: value for key, value in own.items()}
+        return row
 
     # ------------------------------------------------------------------------------------------------ rows
 

@@ -217,10 +217,6 @@ class Trainee(nn.Module):
             self._pending_step = Measured(*values) if values else None
         return self._pending_step
 
-    def observe(self, row: Mapping[str, object], samples: int) -> None:
-        """Hands a row of held-out figures to the controller."""
-        self.controller.observe(row, samples)
-
     @torch.no_grad()
     def revive(self, batches_BD: Sequence[Tensor], optimizer: Optimizer, samples: int) -> None:
         """Resamples dead latents where the architecture's revival says that it is time.
@@ -246,6 +242,16 @@ class Trainee(nn.Module):
             self.autoencoder, ids_A, x_BD, y_BD, torch.cat(sq_errors),
             revival.encoder_scale, self.seed, samples, optimizer,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def reconstruct(self, x_BD: Tensor) -> Tensor:
+        """[B, d_out] raw reconstructions, as at inference, of [B, D_all] raw rows with all sites of the run."""
+        x_in_BD, y_BD = self.scaled(x_BD)
+        return self.autoencoder.evaluate(x_in_BD, y_BD, self.controller.strength).y_hat_BD / self.scale_out
+
+    def observe(self, measurements: Mapping[str, Any], samples: int) -> None:
+        """What a validation, or a cross-entropy between two, has found at the clock `samples`; equal on all ranks."""
+        self.controller.observe(measurements, samples)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups of this trainee's parameters."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +18,20 @@ from sparsepilot.training.trainee import Trainee
 Row = dict[str, float | int | list[int]]
 
 
+class CrossEntropy(Protocol):
+    """What `Validation` needs of `lm.splice.SplicedCrossEntropy`, which says what the figures mean."""
+
+    def measure(
+        self,
+        reconstruct: Callable[[Tensor], Tensor],
+        *,
+        often: bool = False,
+        last: bool = False,
+        device: torch.device | None = None,
+    ) -> dict[str, float]:
+        """Figures by name, equal on all ranks."""
+
+
 class Validation(nn.Module):
     """Runs the metrics over the validation rows; nothing here moves the trainee's own state.
 
@@ -23,9 +40,16 @@ class Validation(nn.Module):
         rows_per_pass: training rows of the cache; a latent is *silent* when it fired neither in the last so many
             training samples nor on any validation row.
         planted_TD: [T, D] the true features, where the data has them.
+        cross_entropy: of the language model with the reconstruction spliced in; None leaves it out.
     """
 
-    def __init__(self, trainee: Trainee, rows_per_pass: int, planted_TD: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        trainee: Trainee,
+        rows_per_pass: int,
+        planted_TD: Tensor | None = None,
+        cross_entropy: CrossEntropy | None = None,
+    ) -> None:
         super().__init__()
         d_sae = trainee.autoencoder.d_sae
         self._trainee = [trainee]  # in a list, so that its parameters are not registered a second time
@@ -36,6 +60,7 @@ class Validation(nn.Module):
         self.mse = MSE()
         self.firing = FiringDensity(d_sae)
         self.recovery = DictionaryRecovery(planted_TD) if planted_TD is not None else None
+        self._cross_entropy = cross_entropy
 
     @torch.no_grad()
     def update(self, x_BD: Tensor) -> None:
@@ -50,8 +75,13 @@ class Validation(nn.Module):
         self.firing.update(step.firings_F, len(y_BD))
 
     @torch.no_grad()
-    def finish(self, samples: int) -> Row:
-        """The row of this validation, merged over ranks; clears the metrics for the next."""
+    def finish(self, samples: int, last: bool = False) -> Row:
+        """The row of this validation, merged over ranks; clears the metrics for the next.
+
+        Args:
+            samples: the clock.
+            last: whether it is the run's last, which measures more.
+        """
         trainee = self._trainee[0]
         density_F = self.firing.compute()
         silent_F = trainee.dead.silent_mask(max(0, samples - self.rows_per_pass)) & (density_F == 0)
@@ -69,4 +99,26 @@ class Validation(nn.Module):
         for metric in (self.l0, self.fvu, self.loss, self.mse, self.firing, self.recovery):
             if metric is not None:
                 metric.reset()
-        return row
+        return row | self.cross_entropy(last=last)
+
+    @torch.no_grad()
+    def cross_entropy(self, *, often: bool = False, last: bool = False) -> Row:
+        """The language model's figures, `val/ce` and so on; nothing where they are not asked for.
+
+        Args:
+            often: as measured between validations, on a smaller text.
+            last: with those that are measured once in a run.
+        """
+        if self._cross_entropy is None:
+            return {}
+        device = self._trainee[0].scale_in.device
+        figures = self._cross_entropy.measure(self._reconstruct, often=often, last=last, device=device)
+        return {f"val/{name}": value for name, value in figures.items()}
+
+    def _reconstruct(self, x_BD: Tensor) -> Tensor:
+        """[B, d_out] raw, from the one site that is read: the others' columns have no say in it."""
+        sites = self._trainee[0].sites
+        columns = [site.columns for site in (*sites.reads, *(sites.writes or ()))]
+        all_BD = x_BD.new_zeros(len(x_BD), max(column.stop for column in columns))
+        all_BD[:, columns[0]] = x_BD
+        return self._trainee[0].reconstruct(all_BD)

@@ -90,6 +90,7 @@ def test_bad_values(compose_cfg, override: str, message: str) -> None:
         (("model=topk", "model/revival=resample", "model.revival.until=7"), "model.revival.until = 7: should be less"),
         (("model=topk", "model.anneal_k_from=5000"), "model.anneal_k_from = 5000: should lie between model.k"),
         (("model=topk", "model.k=8", "model.anneal_k_from=2"), "model.anneal_k_from = 2: should lie between model.k"),
+        (("callbacks.best_by=val/ce",), "callbacks.best_by = val/ce: is not measured; set cross_entropy=spliced"),
         (("optimizer=adamw", "optimizer.eps=-1"), "Invalid epsilon value: -1"),
         (("optimizer=adam", "optimizer.betas=[0.9,1.0]"), "Invalid beta parameter at index 1"),
         (("optimizer=muon", "optimizer.ns_steps=100"), "optimizer.ns_steps = 100: should be less than 100"),
@@ -124,6 +125,7 @@ def _options() -> list[str]:
         "data",
         "lm",
         "text",
+        "cross_entropy",
         "experiment",
         "debug",
     )
@@ -184,7 +186,16 @@ def test_resume_lists_what_may_change_and_refuses_the_rest(compose_cfg) -> None:
         "optimizer.lr=3e-5",
         "data.num_streams=32",
         "samples=1000000",
+        "cross_entropy=spliced",
     ):
         with pytest.raises(ConfigError, match="another configuration") as error:
             allowed_changes(was, plain(compose_cfg("run_dir=a", refused)))
         assert refused.partition("=")[0] in str(error.value)
+    measured = plain(compose_cfg("run_dir=a", "cross_entropy=spliced"))
+    assert allowed_changes(measured, plain(compose_cfg("run_dir=a", "cross_entropy=spliced", "cross_entropy.kl=false")))
+    with pytest.raises(ConfigError, match=r"cross_entropy.tokens: 10000 -> 5"):
+        allowed_changes(measured, plain(compose_cfg("run_dir=a", "cross_entropy=spliced", "cross_entropy.tokens=5")))
+    older = {
+        field: value for field, value in was.items() if field != "cross_entropy"
+    }  # of before there was such a thing
+    assert allowed_changes(older, was) == []
