@@ -12,7 +12,8 @@ from sparsepilot.training.module import TrainingModule
 
 
 class ValidateEvery(L.Callback):
-    """Runs Lightning's validation loop after each step that passes a multiple of `every_samples`, and after the last.
+    """Runs Lightning's validation loop after each step that passes a multiple of `every_samples`, after the last, and
+    where a controller wants it.
 
     Lightning's own trigger counts batches of the present process. This one counts samples of the run, and acts inside
     `on_train_batch_end`, before the checkpoint callback: a checkpoint never lies between a step and the validation that
@@ -37,7 +38,8 @@ class ValidateEvery(L.Callback):
         assert isinstance(pl_module, TrainingModule)
         if not ended_optimizer_step(trainer):
             return
-        if _crossed(pl_module, self.every_samples) or pl_module.step >= pl_module.total_steps:
+        wanted = pl_module.wants_validation()
+        if wanted or _crossed(pl_module, self.every_samples) or pl_module.step >= pl_module.total_steps:
             _run_validation_loop(trainer)
         elif self.cross_entropy_every_samples is not None and _crossed(pl_module, self.cross_entropy_every_samples):
             with self._log.apart_from_training():

@@ -38,6 +38,7 @@ def check(cfg: DictConfig) -> None:
     _check_data(plain)
     _check_trainer(plain["trainer"])
     _check_loggers(plain["logger"] or {})
+    _check_controller(plain)
     if plain["cross_entropy"] is not None:
         _check_cross_entropy(plain)
     _check_relations(plain)
@@ -213,6 +214,21 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
         or trainer.get("num_nodes", 1) != 1
     ):
         raise ConfigError(f"trainer.devices = {devices!r}: a run uses one device so far; set trainer.devices=1")
+
+
+def _check_controller(plain: dict[str, Any]) -> None:
+    """What a controller needs of other groups; its `bind` says the rest once the model is there."""
+    node, d_sae = plain["controller"], plain["model"].get("d_sae")
+    wants_ce = node["_target_"].endswith(".Constrained") and node.get("quality", "ce") == "ce"
+    if wants_ce and plain["cross_entropy"] is None:
+        raise ConfigError(
+            "controller.quality = ce: is not measured; set cross_entropy=spliced, or controller.quality=fvu"
+        )
+    targets = [node.get("target_l0")] + list(node.get("targets") or [])
+    for target in targets:
+        if target is not None and d_sae is not None and target > d_sae:
+            field = "controller.targets" if node.get("targets") else "controller.target_l0"
+            raise ConfigError(f"{field}: an L0 of {target:g} is wanted; there are model.d_sae = {d_sae} latents")
 
 
 def _check_loggers(loggers: dict[str, Any]) -> None:

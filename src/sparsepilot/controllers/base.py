@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 KNOB_FIELDS = {"k": "model.k", "penalty": "model.coefficient"}
 """Where a knob's own value stands in the configuration."""
@@ -31,6 +32,7 @@ class Measured(NamedTuple):
     """One optimizer step, over the global batch."""
 
     l0: float
+    fvu: float = math.nan
     coherence: float = 0.0
     """share of the thresholds' motion that goes one way, from 0 to 1: at 1 they run as fast as they can"""
 
@@ -63,8 +65,9 @@ class Controller(ABC):
             The knob value for the next step, also in `strength`.
         """
 
-    def observe(self, row: Mapping[str, object], samples: int) -> None:
-        """A row of held-out figures (`val/l0`, `val/fvu`, `val/ce`, ...), as it is written to metrics.jsonl."""
+    def observe(self, row: Mapping[str, object], samples: int) -> dict[str, float]:
+        """A row of held-out figures (`val/l0`, `val/fvu`, `val/ce`, ...); returns what it adds to that row."""
+        return {}
 
     def wants_validation(self, samples: int) -> bool:
         """Whether a validation is needed now, after the step that ended at `samples`, apart from the regular ones."""
@@ -73,18 +76,17 @@ class Controller(ABC):
     def readings(self) -> dict[str, float]:
         """What is logged under `controller/`: always `strength`; in closed loop
 
-            target     L0 that is aimed at, as a validation would measure it
-            measured   L0 as the controller sees it, smoothed, in the same terms
-            error      ln(measured / target)
-            at_limit   1 where a clamp, the rate limit or the plant's own slew limit holds the knob, else 0
+        target     L0 that is aimed at, as a validation would measure it
+        measured   L0 as the controller sees it, smoothed, in the same terms
+        error      ln(measured / target)
+        at_limit   1 where a clamp, the rate limit or the plant's own slew limit holds the knob, else 0
         """
         return {"strength": self.strength}
 
-    def state_dict(self) -> dict[str, float | int | list[float]]:
-        """Everything that a resumed run needs; numbers only."""
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs: numbers, None, and lists and dicts of them."""
         return {"strength": self.strength}
 
-    def load_state_dict(self, state: dict[str, float | int | list[float]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        self.strength = state["strength"]

@@ -155,9 +155,9 @@ class L0Loop:
         self._pi = pi_step(self._pi, self._error, batch, gains, hold=self._slewing or in_a_lag * self._error < 0)
         self.strength = math.exp(self._pi.output)
 
-    def wait(self, strength: float) -> None:
-        """Puts a penalty where an outer law wants it, so that the loop later goes on from there without a jump."""
-        u = math.log(min(self._high, max(self._low, strength)))
+    def put(self, strength: float) -> None:
+        """Puts a penalty where an outer law wants it; the loop goes on from there without a jump."""
+        u = math.log(clamp(strength, self._low, self._high))
         self._pi = PI(u, u)
         self.strength = math.exp(u)
 
@@ -197,7 +197,9 @@ class L0Loop:
         """The inverse of `state_dict`."""
         for name, value in state.items():
             kind = {"_pi": PI, "_estimate": GainEstimate}.get(name)
-            setattr(self, name, value if kind is None else kind(*(tuple(v) if isinstance(v, list) else v for v in value)))
+            setattr(
+                self, name, value if kind is None else kind(*(tuple(v) if isinstance(v, list) else v for v in value))
+            )
 
     def _state(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in STATE}

@@ -87,8 +87,9 @@ class L0Target(Controller):
         l0 = self.loop.l0 or measured.l0
         return glide(was, l0, self._target, plant.batch, left, FOLLOWED_PER_LAG / self.loop.lag)
 
-    def observe(self, row: Mapping[str, object], samples: int) -> None:
+    def observe(self, row: Mapping[str, object], samples: int) -> dict[str, float]:
         self.loop.observe(row, self._set_point)
+        return {}
 
     def readings(self) -> dict[str, float]:
         return self.loop.readings()

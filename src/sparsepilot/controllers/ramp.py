@@ -1,59 +1,88 @@
-"""Open loop: the knob goes from one value to another over a part of the run."""
+"""Open loop: the knob waits, goes from one value to another, and holds."""
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from sparsepilot.controllers.base import KNOB_FIELDS, Controller
+from sparsepilot.controllers.base import KNOB_FIELDS, Controller, Measured, Plant
+from sparsepilot.controllers.laws import clamp
 from sparsepilot.errors import ConfigError
 
 
 class Ramp(Controller):
-    """From `start` to `end`, linearly, over the share of the budget from `begin` to `until`; constant before and after.
+    """From `start` to `end` over a part of the run; constant before and after.
 
     What papers do to let a dictionary form before the penalty presses.
 
     Args:
         start: the knob's value at first.
-        end: its value from `until` on; None: the model's own.
+        end: its value in the end; None: the model's own.
+        shape: `linear`, `cosine` (half a wave, flat at both ends) or `log` (linear in the logarithm).
         begin: share of the budget after which it moves.
         until: share of the budget at which it has arrived.
+        wait_samples: the samples after which it moves, instead of `begin`.
+        ramp_samples: the samples that it then takes, instead of `until`.
 
-    >>> ramp = Ramp(until=0.5)
-    >>> ramp.bind("penalty", initial=4.0, low=0, high=1e8, total_samples=1000)
-    >>> [ramp.update(None, samples) for samples in (0, 250, 500, 1000)]
-    [0.0, 2.0, 4.0, 4.0]
+    >>> def values(**settings):
+    ...     ramp = Ramp(**settings)
+    ...     ramp.bind(Plant("penalty", initial=4.0, low=0, high=1e8, d_sae=64, batch=1, total_samples=1000))
+    ...     return [round(ramp.update(None, samples), 3) for samples in (0, 250, 500, 1000)]
+    >>> values(until=0.5), values(until=0.5, shape="cosine")
+    ([0.0, 2.0, 4.0, 4.0], [0.0, 2.0, 4.0, 4.0])
+    >>> values(start=0.04, shape="log", wait_samples=100, ramp_samples=300)
+    [0.04, 0.4, 4.0, 4.0]
     """
 
     def __init__(
         self,
         start: NonNegativeFloat = 0.0,
         end: NonNegativeFloat | None = None,
+        shape: Literal["linear", "cosine", "log"] = "linear",
         begin: Annotated[float, Field(ge=0, le=1)] = 0.0,
         until: Annotated[float, Field(gt=0, le=1)] = 0.25,
+        wait_samples: NonNegativeInt | None = None,
+        ramp_samples: PositiveInt | None = None,
     ) -> None:
-        if begin >= until:
+        if wait_samples is None and ramp_samples is None and begin >= until:
             raise ConfigError(f"controller.begin = {begin}: must lie before controller.until = {until}")
-        self.start, self._wanted, self.begin, self.until = start, end, begin, until
+        if shape == "log" and start <= 0:
+            raise ConfigError(f"controller.start = {start:g}: a ramp of shape=log must start above 0")
+        self.start, self._wanted, self.shape, self.begin, self.until = start, end, shape, begin, until
+        self.wait_samples, self.ramp_samples = wait_samples, ramp_samples
 
-    def bind(self, kind: Literal["k", "penalty"], initial: float, low: float, high: float, total_samples: int) -> None:
-        self.total_samples = total_samples
-        self.end = float(initial if self._wanted is None else self._wanted)
-        self.low, self.high = low, high
-        if not low <= self.end <= high:
-            field = KNOB_FIELDS[kind] if self._wanted is None else "controller.end"
-            raise ConfigError(f"{field} = {self.end:g}: this model's {kind} lies between {low:g} and {high:g}")
-        if self.start > high:
-            raise ConfigError(f"controller.start = {self.start:g}: this model's {kind} is at most {high:g}")
+    def bind(self, plant: Plant) -> None:
+        self.end = float(plant.initial if self._wanted is None else self._wanted)
+        self.low, self.high = plant.low, plant.high
+        total = plant.total_samples
+        self._from = self.begin * total if self.wait_samples is None else self.wait_samples
+        self._to = self.until * total if self.ramp_samples is None else self._from + self.ramp_samples
+        if self._from >= self._to:
+            raise ConfigError(
+                f"controller.wait_samples = {self.wait_samples}: the ramp would begin at {self._from:,.0f} samples and "
+                f"end at {self._to:,.0f}; set controller.ramp_samples, too"
+            )
+        if not plant.low <= self.end <= plant.high:
+            field = KNOB_FIELDS[plant.kind] if self._wanted is None else "controller.end"
+            raise ConfigError(
+                f"{field} = {self.end:g}: this model's {plant.kind} lies between {plant.low:g} and {plant.high:g}"
+            )
+        if self.shape == "log" and self.end <= 0:
+            raise ConfigError(f"controller.end = {self.end:g}: a ramp of shape=log must end above 0")
+        if self.start > plant.high:
+            raise ConfigError(f"controller.start = {self.start:g}: this model's {plant.kind} is at most {plant.high:g}")
         self.strength = self._at(0)
 
-    def update(self, measured: float | None, samples: int) -> float:
+    def update(self, measured: Measured | None, samples: int) -> float:
         self.strength = self._at(samples)
         return self.strength
 
     def _at(self, samples: int) -> float:
-        done = (samples / self.total_samples - self.begin) / (self.until - self.begin)
-        value = self.start + (self.end - self.start) * min(1.0, max(0.0, done))
-        return float(min(self.high, max(self.low, value)))
+        done = clamp((samples - self._from) / (self._to - self._from), 0.0, 1.0)
+        if self.shape == "cosine":
+            done = 0.5 * (1 - math.cos(math.pi * done))
+        if self.shape == "log":
+            return clamp(self.start * (self.end / self.start) ** done, self.low, self.high)
+        return clamp(self.start + (self.end - self.start) * done, self.low, self.high)

@@ -148,6 +148,10 @@ class TrainingModule(L.LightningModule):
         last = self.step >= self.total_steps
         self.val_row = self._observed(lambda validation: validation.finish(self.samples, last))
 
+    def wants_validation(self) -> bool:
+        """Whether a controller needs a validation after the step just taken."""
+        return any([trainee.controller.wants_validation(self.samples) for _, trainee in self.each()])
+
     def measure_cross_entropy(self) -> Row:
         """A row of the language model's figures alone, between two validations."""
         return self._observed(lambda validation: validation.cross_entropy(often=True))
@@ -157,7 +161,7 @@ class TrainingModule(L.LightningModule):
         row = self.clock()
         for (prefix, trainee), validation in zip(self.each(), self.validations.values(), strict=True):
             own = measure(cast(Validation, validation))
-            trainee.observe(own, self.samples)
+            own = own | trainee.observe(own, self.samples)
             row |= {prefix + key: value for key, value in own.items()}
         return row
 

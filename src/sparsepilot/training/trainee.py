@@ -206,7 +206,9 @@ class Trainee(nn.Module):
         self.autoencoder.close_step({name: mean.float() for name, mean in means.items()}, self._now(samples))
         self.controller.update(self._take_step(), samples)
         self.mean_sq_residual.copy_(means["recon"])
-        self._pending.begin(torch.stack([self.sums_S[1] / num_rows, self.autoencoder.threshold_coherence().double()]))
+        fvu = self.sums_S[4] / self.sums_S[2]
+        coherence = self.autoencoder.threshold_coherence().double()
+        self._pending.begin(torch.stack([self.sums_S[1] / num_rows, fvu, coherence]))
         self._pending_step = None
         self._dead_ids_A = None
         self.sums_S.zero_()
@@ -249,9 +251,10 @@ class Trainee(nn.Module):
         x_in_BD, y_BD = self.scaled(x_BD)
         return self.autoencoder.evaluate(x_in_BD, y_BD, self.controller.strength).y_hat_BD / self.scale_out
 
-    def observe(self, measurements: Mapping[str, Any], samples: int) -> None:
-        """What a validation, or a cross-entropy between two, has found at the clock `samples`; equal on all ranks."""
-        self.controller.observe(measurements, samples)
+    def observe(self, measurements: Mapping[str, Any], samples: int) -> dict[str, float]:
+        """What a validation, or a cross-entropy between two, has found at the clock `samples`; equal on all ranks.
+        Returns what the controller adds to that row."""
+        return self.controller.observe(measurements, samples)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups of this trainee's parameters."""

@@ -1,0 +1,168 @@
+"""Closed loop: as sparse as a quality that must not get worse allows."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Unpack
+
+from pydantic import Field, PositiveFloat
+
+from sparsepilot.controllers.base import Controller, Measured, Plant
+from sparsepilot.controllers.l0_loop import FEWEST, L0Loop, LoopSettings
+from sparsepilot.controllers.laws import average, clamp, keep_of
+from sparsepilot.errors import ConfigError
+
+WAITING = 1e-3
+"""Strength while waiting, as a share of the initial one."""
+FARTHEST = 1.0
+"""Nats that the set point may be away from the L0 that there is."""
+HOPELESS_AFTER = 0.125
+"""Share of the budget, after waiting, in which the target must have been met once."""
+
+
+class Constrained(Controller):
+    """Maximises sparsity subject to quality <= target, in the manner of GECO (Rezende & Viola 2018, arXiv 1810.00597).
+
+        d ln L0* / dn = rate * v,   v = ln(excess / allowed excess), counted from -1 to 1
+
+    where `rate` is `climb` while the target is met and `recover` while it is not, in nats per 1% of the budget. Excess:
+    the cross-entropy above the clean model's, or the FVU. Both fall about as a power of L0, so in logarithms the loop
+    has one gain over the whole way. The inner loop (`L0Loop`) brings L0 to L0*.
+
+    It moves only when a new measurement has arrived, by the samples since the last.
+
+    Args:
+        quality: `ce`, the language model's cross-entropy on held-out text (needs cross_entropy=spliced, best measured
+            often), or `fvu`, of the training batches.
+        target: the quality itself, in nats per token or as a share of the variance.
+        ce_increase: instead: nats per token above the clean model.
+        ce_gap: instead: share of the gap between the clean and the mean-ablated model.
+        wait: share of the budget for which a penalty stays near 0, a k where it starts.
+        climb: nats of ln L0* per 1% of the budget, towards sparser.
+        recover: the same, towards denser.
+        loop: settings of the inner loop.
+    """
+
+    def __init__(
+        self,
+        quality: Literal["ce", "fvu"] = "ce",
+        target: PositiveFloat | None = None,
+        ce_increase: PositiveFloat | None = None,
+        ce_gap: Annotated[float, Field(gt=0, lt=1)] | None = None,
+        wait: Annotated[float, Field(ge=0, lt=1)] = 0.125,
+        climb: PositiveFloat = 0.3,
+        recover: PositiveFloat = 1.2,
+        **loop: Unpack[LoopSettings],
+    ) -> None:
+        given = {"target": target, "ce_increase": ce_increase, "ce_gap": ce_gap}
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) != 1:
+            raise ConfigError(
+                f"controller: {' and '.join(named) or 'nothing'} given; name one quality: controller.target, "
+                "controller.ce_increase (nats above the clean model) or controller.ce_gap (share of clean to mean-ablated)"
+            )
+        if quality == "fvu" and target is None:
+            raise ConfigError(f"controller.{named[0]}: is of cross-entropy; with quality=fvu set controller.target")
+        if recover < climb:
+            raise ConfigError(f"controller.recover = {recover:g}: at least controller.climb = {climb:g} is needed")
+        self.quality, self.target, self.ce_increase, self.ce_gap = quality, target, ce_increase, ce_gap
+        self.wait, self.climb, self.recover = wait, climb, recover
+        self.loop = L0Loop(**loop)
+
+    def bind(self, plant: Plant) -> None:
+        self.plant = plant
+        self._set_point: float | None = None if plant.kind == "penalty" else plant.initial
+        self.loop.bind(plant, plant.initial)
+        self._wait_strength = max(self.loop.lowest, WAITING * self.loop.strength)
+        self.strength = self.loop.strength
+        if plant.kind == "penalty":
+            self._rest()
+        self._value: float | None = None
+        self._wanted: float | None = self.target
+        self._moved_at = 0
+        self._best: float | None = None
+        self._said = False
+
+    def update(self, measured: Measured | None, samples: int) -> float:
+        if measured is None:
+            return self.strength
+        waiting = samples < self.wait * self.plant.total_samples
+        if self.quality == "fvu":
+            over = self.loop.lag
+            self._value = average(self._value, measured.fvu, keep_of(self.plant.batch, over))
+            self._measured(math.log(max(self._value, 1e-12) / self._target()), self._value, samples)
+        if self._set_point is None or (waiting and self.plant.kind == "penalty"):
+            self._set_point = max(measured.l0, FEWEST)
+            self.loop.step(measured, self._set_point, self._set_point)
+            self._rest()
+        else:
+            self.strength = self.loop.step(measured, self._set_point, self._set_point)
+        return self.strength
+
+    def _rest(self) -> None:
+        self.loop.put(self._wait_strength)
+        self.strength = self.loop.strength
+
+    def observe(self, row: Mapping[str, object], samples: int) -> dict[str, float]:
+        if self._set_point is not None:
+            self.loop.observe(row, self._set_point)
+        ce, clean, ablated = (row.get(f"val/{name}") for name in ("ce", "ce_clean", "ce_mean"))
+        if self.quality == "ce" and isinstance(ce, float) and isinstance(clean, float) and isinstance(ablated, float):
+            if self.ce_increase is not None:
+                self._wanted = clean + self.ce_increase
+            elif self.ce_gap is not None:
+                self._wanted = clean + self.ce_gap * (ablated - clean)
+            self._value = ce
+            allowed = self._target() - clean
+            if allowed <= 0:
+                self._warn(f"lies below the clean model's own {clean:.4g}")
+            # an increase of 0 or less has no logarithm: it is as good as can be
+            self._measured(math.log(max(ce - clean, 1e-12) / allowed) if allowed > 0 else 1.0, ce, samples)
+        return {}
+
+    def _target(self) -> float:
+        assert self._wanted is not None
+        return self._wanted
+
+    def _measured(self, violation: float, value: float, samples: int) -> None:
+        """A new measurement: moves the set point by the samples since the last one."""
+        total = self.plant.total_samples
+        self._best = value if self._best is None else min(self._best, value)
+        begin = self.wait * total
+        if self._best > self._target() and samples > begin + HOPELESS_AFTER * total:
+            self._warn(f"is not met by any L0 so far; the best value seen is {self._best:.4g}")
+        passed = max(0.0, samples - max(self._moved_at, begin))
+        self._moved_at = samples
+        if self._set_point is None or passed == 0.0:
+            return
+        v = clamp(violation, -1.0, 1.0)
+        rate = (self.recover if v > 0 else self.climb) / (0.01 * total)
+        wanted = math.log(self._set_point) + rate * v * passed
+        if self.loop.l0:
+            here = math.log(max(self.loop.l0, FEWEST))
+            wanted = clamp(wanted, here - FARTHEST, here + FARTHEST)
+        self._set_point = clamp(math.exp(wanted), self.loop.lowest_l0, self.plant.d_sae)
+
+    def _warn(self, why: str) -> None:
+        if not self._said:
+            warnings.warn(f"controller: the target {self.quality} of {self._target():.4g} {why}", stacklevel=1)
+            self._said = True
+
+    def readings(self) -> dict[str, float]:
+        readings = self.loop.readings()
+        if self._value is not None and self._wanted is not None:
+            readings |= {"quality": self._value, "quality_target": self._wanted}
+        return readings
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loop": self.loop.state_dict(), **{name: getattr(self, name) for name in STATE}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loop.load_state_dict(state["loop"])
+        for name in STATE:
+            setattr(self, name, state[name])
+
+
+STATE = ("strength", "_set_point", "_value", "_wanted", "_moved_at", "_best", "_said")
