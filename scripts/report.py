@@ -25,13 +25,13 @@ def main() -> None:
     if any(argument.startswith("schedule=") for argument in sys.argv[1:]):
         print(draw_schedule(sys.argv[1:]))
         return
-    from sparsepilot.reporting.report import report_of, write_report
+    from sparsepilot.reporting.report import write_report
 
     cfg = arguments(sys.argv[1:], {"run_dir": "???", "out": None})
     given = cfg["run_dir"] if isinstance(cfg["run_dir"], list) else [cfg["run_dir"]]
     paths = [path for name in given for path in _paths(str(name))]
     folders = [RunFolder(path) for path in paths]
-    print(write_report(folders, Path(cfg["out"] or (report_of(folders[0]) if len(folders) == 1 else COMPARISON))))
+    print(write_report(folders, Path(cfg["out"] or (folders[0].report if len(folders) == 1 else COMPARISON))))
 
 
 def _paths(name: str) -> list[str]:

@@ -23,7 +23,9 @@ STRENGTH_POINTS = ((0.0, 1e-2), (0.12, 1.0), (0.25, 2000.0), (0.26, 50.0), (1.0,
 CE_TARGET = 2.3
 
 
-def write_reference_run(path: Path, samples: int = 200_000_000, log_every_steps: int = 20, **config: Any) -> Path:
+def write_reference_run(
+    path: Path, samples: int = 200_000_000, batch: int = BATCH, log_every_steps: int = 20, **config: Any
+) -> Path:
     """L0 8,000 to 4, loss 14 to 2.2, strength up, down and up again, cross-entropy with one spike at the quarter.
 
     Args:
@@ -35,16 +37,16 @@ def write_reference_run(path: Path, samples: int = 200_000_000, log_every_steps:
         "controller": {"_target_": "sparsepilot.controllers.l0_target.L0Target", "target_l0": 4.0},
         "schedule": {"_target_": "sparsepilot.schedules.reference", "scale_to_budget": True},
         "samples": samples,
-        "batch": BATCH,
+        "batch": batch,
         "seed": 0,
         "run_dir": str(path),
     }
     OmegaConf.save(OmegaConf.merge(whole, config), path / "config.yaml")
     noise = random.Random(0)
-    total_steps = -(-samples // BATCH)
+    total_steps = -(-samples // batch)
     rows: list[dict[str, Any]] = []
     for step in range(1, total_steps + 1):
-        clock = {"step": step, "samples": step * BATCH, "tokens": step * BATCH}
+        clock = {"step": step, "samples": step * batch, "tokens": step * batch}
         done = step / total_steps
         target, strength = _between(L0_POINTS, done, log=True), _between(STRENGTH_POINTS, done, log=True)
         measured = target * math.exp(noise.gauss(0, 0.02))
@@ -56,7 +58,7 @@ def write_reference_run(path: Path, samples: int = 200_000_000, log_every_steps:
                 "train/l0": target * math.exp(noise.gauss(0, 0.04)),
                 "train/fvu": 0.05 + 0.4 * done + noise.gauss(0, 0.004),
                 "train/dead_latents": round(_between(DEAD_POINTS, done)),
-                "train/lr": schedules.reference((step - 1) * BATCH, samples, scale_to_budget=True),
+                "train/lr": schedules.reference((step - 1) * batch, samples, scale_to_budget=True),
                 "controller/strength": strength,
                 "controller/target": target,
                 "controller/measured": measured,
@@ -87,7 +89,7 @@ def write_reference_run(path: Path, samples: int = 200_000_000, log_every_steps:
     metrics: dict[str, Any] = {}
     for row in rows:
         metrics |= row
-    summary = {"samples": total_steps * BATCH, "steps": total_steps, "training_s": total_steps * BATCH / 4e4,
+    summary = {"samples": total_steps * batch, "steps": total_steps, "training_s": total_steps * batch / 4e4,
                "samples_per_s": 4e4, "metrics": metrics, "environment": {"torch": "2.13.0", "threads": 2}}  # fmt: skip
     (path / "summary.json").write_text(json.dumps(summary, indent=2))
     return path

@@ -73,7 +73,9 @@ def value_text(value: Any) -> str:
     """A configuration's value for people: numbers short, a `_target_` by its last name."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "-"}[value]
-    if isinstance(value, int | float):
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
         return number_text(value)
     return str(value).rpartition(".")[2] if str(value).startswith("sparsepilot.") else str(value)
 

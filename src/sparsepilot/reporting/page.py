@@ -17,6 +17,7 @@ from sparsepilot.reporting.style import PALETTE
 from sparsepilot.reporting.tables import Table, configuration_differences, results
 from sparsepilot.run_folder import replacing
 
+PAGE = "report.html"
 PARTS = "page_parts"
 FEW_ROWS = 8
 

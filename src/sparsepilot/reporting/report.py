@@ -9,12 +9,10 @@ from sparsepilot.reporting.as_image import write_images
 from sparsepilot.reporting.figure import Picture
 from sparsepilot.reporting.labels import labels
 from sparsepilot.reporting.overlay import overlay
-from sparsepilot.reporting.page import write_page
+from sparsepilot.reporting.page import PAGE, write_page
 from sparsepilot.reporting.pictures import registered
 from sparsepilot.reporting.runs import Run, read_runs
 from sparsepilot.run_folder import RunFolder
-
-PAGE = "report.html"
 
 
 def write_report(folders: Sequence[RunFolder], out: Path) -> Path:
@@ -42,15 +40,10 @@ def write_pictures(pictures: Sequence[Picture], runs: Sequence[Run], names: Sequ
     return write_page(pictures, runs, names, out / PAGE)
 
 
-def report_of(folder: RunFolder) -> Path:
-    """Where a run's own report lies."""
-    return folder.path / "report"
-
-
 def report_or_say(folder: RunFolder, say: Callable[[str], None]) -> None:
     """The report at the end of a run. Whatever goes wrong is said in one line: no run is lost for a picture."""
     try:
-        write_report([folder], report_of(folder))
+        write_report([folder], folder.report)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         say(f"warning: no report: {reason}; `python scripts/report.py run_dir={folder.path}` tries again")
