@@ -31,6 +31,8 @@ def main() -> None:
     given = cfg["run_dir"] if isinstance(cfg["run_dir"], list) else [cfg["run_dir"]]
     paths = [path for name in given for path in _paths(str(name))]
     folders = [RunFolder(path) for path in paths]
+    if not folders:
+        raise ConfigError("run_dir = []: at least one run is needed")
     print(write_report(folders, Path(cfg["out"] or (folders[0].report if len(folders) == 1 else COMPARISON))))
 
 

@@ -8,19 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsepilot.reporting.figure import Axis, Line, Panel, Picture, wrapped
-from sparsepilot.reporting.style import (
-    FRAME,
-    GRID,
-    GROUND,
-    INK,
-    PALETTE,
-    QUIET,
-    ROLE_NAMES,
-    SHADE,
-    Look,
-    key_look,
-    look,
-)
+from sparsepilot.reporting.style import FRAME, GRID, GROUND, INK, QUIET, ROLE_NAMES, Look, band_colour, key_look, look
 from sparsepilot.reporting.ticks import minor_places, ticks
 from sparsepilot.run_folder import replacing_path
 
@@ -115,8 +103,7 @@ def _draw_panel(ax: Any, panel: Panel, num_runs: int) -> None:
         top.tick_params(which="both", color=FRAME.light, length=3.5)
         top.tick_params(which="minor", length=2)
     for band in panel.bands:
-        colour = SHADE.light if num_runs == 1 else PALETTE[band.run % len(PALETTE)].light
-        ax.axvspan(band.low, band.high, color=colour, alpha=0.14, linewidth=0)
+        ax.axvspan(band.low, band.high, color=band_colour(band.run).light, alpha=0.14, linewidth=0)
     for rule in panel.rules:
         ax.axhline(rule.y, color=QUIET.light, linewidth=0.9)
     for line in panel.lines:
@@ -131,7 +118,8 @@ def _draw_panel(ax: Any, panel: Panel, num_runs: int) -> None:
         ax.annotate(label, xy=(band.low, 0.98 - 0.06 * i), xycoords=("data", "axes fraction"), xytext=(4, 0),
                     textcoords="offset points", va="top", fontsize=8.5, color=QUIET.light)  # fmt: skip
     if panel.notes:
-        place = {"x": 0.99, "y": 0.98, "va": "top"} if panel.title else {"x": 1.0, "y": 1.02, "va": "bottom"}
+        crowded = panel.title and len(panel.lines) > 1 and num_runs == 1  # title and legend stand above
+        place = {"x": 0.99, "y": 0.98, "va": "top"} if crowded else {"x": 1.0, "y": 1.02, "va": "bottom"}
         ax.text(s="\n".join(panel.notes), ha="right", transform=ax.transAxes, fontsize=8.5, color=QUIET.light, **place)
 
 

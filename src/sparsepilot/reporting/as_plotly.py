@@ -10,7 +10,7 @@ from math import log10
 from typing import Any
 
 from sparsepilot.reporting.figure import Axis, Line, Panel, Picture, wrapped
-from sparsepilot.reporting.style import PALETTE, QUIET, ROLE_NAMES, SHADE, Colour, key_look, look
+from sparsepilot.reporting.style import QUIET, ROLE_NAMES, Colour, band_colour, key_look, look
 from sparsepilot.reporting.ticks import minor_places, ticks
 
 GAPS = {1: 0.0, 2: 0.12}
@@ -20,8 +20,9 @@ GAP = 0.075
 
 def figure(picture: Picture) -> dict[str, Any]:
     """{"data": traces, "layout": layout}; colours are {"light", "dark"} pairs under `meta`, the page picks."""
-    num_panels, num_runs = len(picture.panels), len(picture.run_labels)
+    num_panels = len(picture.panels)
     data: list[dict[str, Any]] = []
+    keys = _keys(picture)
     layout: dict[str, Any] = {"annotations": [], "shapes": [], "meta": {"top": {}}}
     gap = GAPS.get(num_panels, GAP)
     width = (1 - gap * (num_panels - 1)) / num_panels
@@ -33,7 +34,7 @@ def figure(picture: Picture) -> dict[str, Any]:
         if panel.missing is not None:
             for name in (x, y):
                 layout[_full(name)] |= {"showticklabels": False, "ticks": "", "showgrid": False, "minor": {"ticks": ""}}
-        legend = "legend" if i == 0 else f"legend{i + 1}"
+        legend = _legend(i)
         data += [_trace(line, x, y, picture) | {"legend": legend} for line in panel.lines]
         if not panel.lines:  # axes without a trace are not drawn
             data.append(_helper(panel, x, y))
@@ -46,14 +47,19 @@ def figure(picture: Picture) -> dict[str, Any]:
             layout[_full(top)] = _top_axis(panel, x, y)
             layout["meta"]["top"][_full(top)] = panel.top_per_x
             data.append(_helper(panel, top, y))
-        layout["shapes"] += _shapes(panel, x, y, num_runs)
-        layout["annotations"] += _annotations(panel, x, y)
-    data += _key(picture)
-    return {"data": data, "layout": layout}
+        layout["shapes"] += _shapes(panel, x, y)
+        # where title and legend stand above a panel, its notes stand inside
+        crowded = bool(panel.title) and any(trace["showlegend"] and trace["legend"] == legend for trace in data + keys)
+        layout["annotations"] += _annotations(panel, x, y, crowded)
+    return {"data": data + keys, "layout": layout}
 
 
 def _names(i: int) -> tuple[str, str]:
     return ("x", "y") if i == 0 else (f"x{i + 1}", f"y{i + 1}")
+
+
+def _legend(i: int) -> str:
+    return "legend" if i == 0 else f"legend{i + 1}"
 
 
 def _full(name: str) -> str:
@@ -97,7 +103,7 @@ def _top_axis(panel: Panel, x: str, y: str) -> dict[str, Any]:
 def _helper(panel: Panel, x: str, y: str) -> dict[str, Any]:
     """A trace without a point."""
     return {"x": [panel.x.low], "y": [None], "xaxis": x, "yaxis": y, "showlegend": False, "hoverinfo": "skip",
-            "meta": {"helper": True}}  # fmt: skip
+            "legend": "legend", "meta": {"helper": True}}  # fmt: skip
 
 
 def _trace(line: Line, x: str, y: str, picture: Picture) -> dict[str, Any]:
@@ -113,7 +119,11 @@ def _trace(line: Line, x: str, y: str, picture: Picture) -> dict[str, Any]:
         "name": label,
         "showlegend": num_runs == 1 and any(len(panel.lines) > 1 and line in panel.lines for panel in picture.panels),
         "mode": {"line": "lines", "steps": "lines", "points": "markers", "joined_points": "lines+markers"}[line.kind],
-        "line": {"width": round(1.3 * how.width, 2), "dash": "5px,3px" if how.dashed else "solid"},
+        "line": {
+            "width": round(1.3 * how.width, 2),
+            "dash": "5px,3px" if how.dashed else "solid",
+            "simplify": False,
+        },  # plotly's simplified lines tilt what is level
         "hovertemplate": f"{name}: %{{y:.5g}}<extra></extra>",
         "meta": {"colour": _pair(how.colour), "ring": how.ring, "role": line.role, "run": line.run},
     }
@@ -131,18 +141,18 @@ def _trace(line: Line, x: str, y: str, picture: Picture) -> dict[str, Any]:
     return trace
 
 
-def _key(picture: Picture) -> list[dict[str, Any]]:
+def _keys(picture: Picture) -> list[dict[str, Any]]:
     """With several runs: entries that say what dash and marker mean."""
     if len(picture.run_labels) == 1:
         return []
-    lines = [line for panel in picture.panels for line in panel.lines]
+    lines = [(i, line) for i, panel in enumerate(picture.panels) for line in panel.lines]
     entries = []
     for role, name in ROLE_NAMES.items():
-        found = next((line for line in lines if line.role == role), None)
+        i, found = next(((i, line) for i, line in lines if line.role == role), (0, None))
         if found is not None:
             how = key_look(found)
             entries.append({
-                "x": [None], "y": [None], "name": name, "showlegend": True, "hoverinfo": "skip",
+                "x": [None], "y": [None], "name": name, "showlegend": True, "hoverinfo": "skip", "legend": _legend(i),
                 "mode": "markers" if found.kind == "points" else "lines",
                 "line": {"width": 1.6, "dash": "5px,3px" if how.dashed else "solid"},
                 "marker": {"size": 6.5, "line": {"width": 1.5}},
@@ -151,12 +161,12 @@ def _key(picture: Picture) -> list[dict[str, Any]]:
     return entries
 
 
-def _shapes(panel: Panel, x: str, y: str, num_runs: int) -> list[dict[str, Any]]:
+def _shapes(panel: Panel, x: str, y: str) -> list[dict[str, Any]]:
     bands = [
         {
             "type": "rect", "xref": x, "yref": f"{y} domain", "x0": band.low, "x1": band.high, "y0": 0, "y1": 1,
             "line": {"width": 0}, "layer": "below", "opacity": 0.16,
-            "fillcolor": (SHADE if num_runs == 1 else PALETTE[band.run % len(PALETTE)]).light,
+            "fillcolor": band_colour(band.run).light,
         }
         for band in panel.bands
     ]  # fmt: skip
@@ -168,7 +178,7 @@ def _shapes(panel: Panel, x: str, y: str, num_runs: int) -> list[dict[str, Any]]
     return bands + rules
 
 
-def _annotations(panel: Panel, x: str, y: str) -> list[dict[str, Any]]:
+def _annotations(panel: Panel, x: str, y: str, crowded: bool) -> list[dict[str, Any]]:
     here = {"xref": f"{x} domain", "yref": f"{y} domain", "showarrow": False}
     found: list[dict[str, Any]] = []
     if panel.title:
@@ -179,7 +189,7 @@ def _annotations(panel: Panel, x: str, y: str) -> list[dict[str, Any]]:
         found.append(here | {"xref": x, "x": band.low, "y": 0.985 - 0.07 * i, "xanchor": "left", "yanchor": "top",
                              "xshift": 3, "text": label, "name": "note"})  # fmt: skip
     for i, note in enumerate(panel.notes):
-        place = {"y": 0.985 - 0.07 * i, "yanchor": "top"} if panel.title else {"y": 1.0, "yanchor": "bottom"}
+        place = {"y": 0.985 - 0.07 * i, "yanchor": "top"} if crowded else {"y": 1.0, "yanchor": "bottom"}
         found.append(here | {"x": 1, "xanchor": "right", "text": note, "name": "note"} | place)
     if panel.missing is not None:
         found.append(here | {"x": 0.5, "y": 0.5, "text": "<br>".join(wrapped(panel.missing)), "name": "note"})

@@ -59,7 +59,8 @@ class Band:
     low: float
     high: float
     label: str
-    run: int = 0
+    run: int | None = None
+    """None: of all runs"""
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def _part(short: str, difference: Difference, run: int) -> str:
     if difference.field.endswith("_target_"):
         kind = str(value).rpartition(".")[2].lower()
         group = difference.field.removesuffix("._target_").rpartition(".")[2]
-        return kind if _rank(difference) == 0 else f"{group}={kind}"
+        return kind if group == "model" else f"{group}={kind}"
     return f"{short}={samples_text(value) if short == 'samples' else value_text(value)}"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from sparsepilot.reporting.figure import Axis, Panel, Picture, axis
+from sparsepilot.reporting.figure import Axis, Band, Panel, Picture, axis
 
 T = TypeVar("T", bound=Hashable)
 
@@ -32,7 +32,6 @@ def _overlay_panels(panels: Sequence[Panel]) -> Panel:
     aligned = len({panel.top_per_x for panel in there}) == 1
     if first.top is not None and not aligned:
         notes.append(f"batch sizes differ, so there is no common axis of {first.top.label}")
-    bands = [replace(band, run=run) for run, panel in enumerate(panels) if panel in there for band in panel.bands]
     return replace(
         first,
         title=first.title,
@@ -40,7 +39,7 @@ def _overlay_panels(panels: Sequence[Panel]) -> Panel:
         y=_reach([panel.y for panel in there]),
         top=_longest([panel.top for panel in there if panel.top]) if first.top and aligned else None,
         lines=[replace(line, run=run) for run, panel in enumerate(panels) if panel in there for line in panel.lines],
-        bands=list({(band.low, band.high, band.label): band for band in reversed(bands)}.values())[::-1],
+        bands=_bands(panels, there),
         rules=_unique(rule for panel in there for rule in panel.rules),
         notes=notes,
     )
@@ -57,6 +56,19 @@ def _reach(axes: Sequence[Axis]) -> Axis:
         low=low if all(a.low == low for a in axes) else wider.low,
         high=high if all(a.high == high for a in axes) else wider.high,
     )
+
+
+def _bands(panels: Sequence[Panel], there: Sequence[Panel]) -> list[Band]:
+    """Those that all runs have once, without a run's colour; the others with it."""
+    common = [band for band in there[0].bands if all(band in panel.bands for panel in there)]
+    own = [
+        replace(band, run=run)
+        for run, panel in enumerate(panels)
+        if panel in there
+        for band in panel.bands
+        if band not in common
+    ]
+    return common + own
 
 
 def _longest(axes: Sequence[Axis]) -> Axis:

@@ -66,6 +66,11 @@ def look(line: Line, num_runs: int) -> Look:
     return Look(colour, width, dashed, ring=line.role == "validation")
 
 
+def band_colour(run: int | None) -> Colour:
+    """Of a shaded stretch: a run's own, or neutral."""
+    return SHADE if run is None else PALETTE[run % len(PALETTE)]
+
+
 def num_turns(y: Sequence[float]) -> int:
     """How often a curve turns round: more often than smooth ones do, noise is drawn in a fine line.
 

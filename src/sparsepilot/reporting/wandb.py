@@ -105,13 +105,11 @@ def send_pictures(run: Any, folder: RunFolder) -> None:
     """Logs the pictures of the run's report with its last step; nothing where it has none."""
     import wandb
 
-    images: dict[str, Any] = {
-        f"report/{path.stem}": wandb.Image(str(path)) for path in sorted(folder.report.glob("*.png"))
-    }
-    *_, last = read_rows(folder.metrics)
-    if images:
+    paths, rows = sorted(folder.report.glob("*.png")), list(read_rows(folder.metrics))
+    if paths and rows:
+        images = {f"report/{path.stem}": wandb.Image(str(path)) for path in paths}
         # a run gone on with may be past the last row's step already: W&B drops what goes back
-        run.log(images | {"samples": last["samples"]}, step=max(last["step"], run.step))
+        run.log({**images, "samples": rows[-1]["samples"]}, step=max(rows[-1]["step"], run.step))
 
 
 class LiveRun:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import runpy
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -251,6 +254,34 @@ def test_each_trainee_of_a_run_is_a_run_of_its_own(tmp_path: Path) -> None:
     assert two.series("step", "train/l0")[1] == [2 * v for v in one.series("step", "train/l0")[1]]
     assert one.rows == rows
     assert len(set(labels([one, two]))) == 2
+
+
+def script(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+    runpy.run_path(str(Path(__file__).parents[3] / "scripts" / "report.py"), run_name="__main__")
+
+
+def test_the_script_draws_a_schedule_and_a_comparison(tmp_path: Path, monkeypatch, capsys) -> None:
+    script(monkeypatch, "schedule=reference", f"out={tmp_path}/schedule")
+    assert {path.name for path in (tmp_path / "schedule").iterdir()} == {
+        "learning_rate.png", "learning_rate.svg", "report.html",
+    }  # fmt: skip
+    page = (tmp_path / "schedule" / "report.html").read_text()
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])  # type: ignore[index]
+    assert data["pictures"][0]["layout"]["xaxis"]["ticktext"] == ["500M", "1G", "1.5G"]
+    for name in "ab":
+        write_reference_run(tmp_path / "runs" / name, samples=5 * BATCH, seed=ord(name))
+    script(monkeypatch, f"run_dir={tmp_path}/runs/*", f"out={tmp_path}/both")
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path}/both/report.html"
+    for wrong, line in (
+        (["run_dir=nowhere"], "run_dir = nowhere: there is no run here (no config.yaml)"),
+        (["run_dir=nowhere/*"], "run_dir = nowhere/*: no run folder (with a config.yaml) matches"),
+        (["schedule=referense"], "schedule=referense: there is no conf/schedule/referense.yaml; did you mean"),
+        (["runs=a"], "runs = a: there is no such field; "),
+    ):
+        with pytest.raises(SystemExit):
+            script(monkeypatch, *wrong)
+        assert capsys.readouterr().err.startswith("error: " + line)
 
 
 def test_a_report_that_fails_is_one_line_and_no_harm(train_tiny, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -30,7 +30,7 @@ def _panel(run: Run, quality: str, label: str) -> Panel:
         missing = f"no val/{quality} in the rows: it comes with the first validation"
     notes = [] if points or missing else ["controller=pareto draws a frontier"]
     return Panel(
-        "Unexplained variance" if quality == "fvu" else "Cross-entropy",
+        "FVU" if quality == "fvu" else "Cross-entropy",
         axis("L0 (active latents per row)", x, log=True, pad=0.08),
         axis(label, y, pad=0.1),
         lines,

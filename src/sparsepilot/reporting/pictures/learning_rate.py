@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 from sparsepilot.reporting.build import absent, line
@@ -29,7 +30,7 @@ def draw_schedule(schedule: Callable[[int, int], float], total_samples: int, nam
 def _picture(rate: Line, budget_samples: int, title: str, missing: str | None) -> Picture:
     # the reference's axis: 500M, 1G, 1.5G of 1.825G
     below = Axis("samples", 0.0, float(budget_samples), text="samples", most_ticks=5, zero_tick=False)
-    beside = axis("learning rate", [0.0, *rate.y], low=0.0)
+    beside = replace(axis("learning rate", [0.0, *rate.y], low=0.0), most_ticks=5)
     return Picture("learning_rate", title, [Panel("", below, beside, [rate] if rate.x else [], missing=missing)])
 
 
