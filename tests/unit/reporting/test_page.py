@@ -167,6 +167,9 @@ def test_the_five_pictures_of_the_reference(page: Browser, folder: Path, rows, t
     assert "dead window 10M samples" in page.value(f"{plot('dead_latents')}.textContent")
     rate = drawn_axes(page, "learning_rate")
     assert rate["xaxis"]["ticks"] == ["50M", "100M", "150M", "200M"]
+    level = [lr for at, lr in line_on_screen(page, "learning_rate") if 10e6 < at < 100e6]
+    assert len(level) > 100  # drawn point by point: joined to longer lines, a level stretch would come out tilted
+    assert level == pytest.approx([6e-4] * len(level), rel=1e-3)
     dots = page.value(f"{plot('learning_rate')}._fullData[0].marker.size")
     assert dots[-1] > 0
     assert set(dots[:-1]) == {0}

@@ -297,7 +297,7 @@ def test_a_report_that_fails_is_one_line_and_no_harm(train_tiny, tmp_path: Path,
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["samples"] == 5120
 
 
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400), st.integers(4, 60), st.booleans())
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=100), st.integers(4, 12), st.booleans())
 def test_thinning_keeps_ends_and_extremes(y: list[float], most: int, log_x: bool) -> None:
     x = [float(i + 1) for i in range(len(y))]
     thin_x, thin_y = thin(x, y, most, log_x)
