@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import median
 
 from sparsepilot.reporting.build import absent, line, over_steps
 from sparsepilot.reporting.figure import Line, Panel, Picture, axis
@@ -71,6 +72,13 @@ def _quality(run: Run) -> Panel:
 
 
 def holds_cross_entropy(run: Run) -> bool:
-    """Whether the controller's quality is the cross-entropy: then its values are those of val/ce."""
-    held = set(run.series("step", "controller/quality")[1])
-    return bool(held & set(run.series("step", "val/ce")[1]))
+    """Whether the quality that the controller holds is the cross-entropy, not FVU: whose values are its own like?
+
+    >>> held = {"step": 1, "val/ce": 2.31, "train/fvu": 0.2}
+    >>> [holds_cross_entropy(Run("", {}, [held | {"controller/quality": q}])) for q in (2.3, 0.19)]
+    [True, False]
+    """
+    held, ce, fvu = (run.series("step", key)[1] for key in ("controller/quality", "val/ce", "train/fvu"))
+    if not held or not ce:
+        return False
+    return not fvu or abs(median(held) - median(ce)) < abs(median(held) - median(fvu))
