@@ -36,7 +36,7 @@ def train(dtype: str, samples: int, seed: int, into: Path) -> sparsepilot.intero
     """Runs train.py on one of the caches and loads what it exported."""
     run = into / f"{dtype}-{seed}"
     words = [f"data.path={CACHES[dtype]}", f"data.build.dtype={dtype}", f"samples={samples}", f"seed={seed}"]
-    command = [sys.executable, ROOT / "train.py", *words, f"run_dir={run}", "logger=none"]
+    command = [sys.executable, ROOT / "train.py", *words, f"run_dir={run}", "logger=none", "report=false"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return sparsepilot.load(run)
 

@@ -1,22 +1,77 @@
-"""Draws a run: python scripts/report.py run_dir=runs/...; writes overview.png into the run folder."""
+"""Draws runs and schedules, as PNG, SVG and one page that opens without a network.
+
+python scripts/report.py run_dir=runs/mine                      # into runs/mine/report/
+python scripts/report.py 'run_dir=[runs/a,runs/b]' [out=...]     # one colour per run; 'run_dir=runs/sweep/*', too
+python scripts/report.py schedule=reference [samples=...] [out=...]   # a learning rate that nobody has run
+"""
 
 from __future__ import annotations
 
+import glob
+import inspect
 import sys
+from pathlib import Path
 
 from sparsepilot.config.cli import arguments, user_errors
 from sparsepilot.errors import ConfigError
-from sparsepilot.reporting.pictures import draw_overview
 from sparsepilot.run_folder import RunFolder
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+COMPARISON, SCHEDULES = Path("runs/reports/comparison"), Path("runs/reports")
 
 
 def main() -> None:
-    """Reads run_dir=... from the command line."""
-    cfg = arguments(sys.argv[1:], {"run_dir": "???"})
-    folder = RunFolder(cfg["run_dir"])
-    if not folder.metrics.exists():
-        raise ConfigError(f"run_dir = {cfg['run_dir']}: there is no run here (no metrics.jsonl)")
-    print(draw_overview(folder))
+    """Reads run_dir=... or schedule=... from the command line."""
+    if any(argument.startswith("schedule=") for argument in sys.argv[1:]):
+        print(draw_schedule(sys.argv[1:]))
+        return
+    from sparsepilot.reporting.report import write_report
+
+    cfg = arguments(sys.argv[1:], {"run_dir": "???", "out": None})
+    given = cfg["run_dir"] if isinstance(cfg["run_dir"], list) else [cfg["run_dir"]]
+    paths = [path for name in given for path in _paths(str(name))]
+    folders = [RunFolder(path) for path in paths]
+    if not folders:
+        raise ConfigError("run_dir = []: at least one run is needed")
+    print(write_report(folders, Path(cfg["out"] or (folders[0].report if len(folders) == 1 else COMPARISON))))
+
+
+def _paths(name: str) -> list[str]:
+    """The run folders that a name with wildcards means; any other name as it is."""
+    if not glob.has_magic(name):
+        return [name]
+    found = [path for path in sorted(glob.glob(name)) if RunFolder(path).exists()]
+    if not found:
+        raise ConfigError(f"run_dir = {name}: no run folder (with a config.yaml) matches")
+    return found
+
+
+def draw_schedule(given: list[str]) -> Path:
+    """The fifth picture from the configuration alone; every field of a training configuration may be given."""
+    from hydra import compose, initialize_config_dir
+
+    from sparsepilot.config.instantiate import instantiate
+    from sparsepilot.config.resolvers import register_resolvers
+    from sparsepilot.config.schema import register
+    from sparsepilot.config.signature import check_target
+    from sparsepilot.reporting.pictures.learning_rate import draw_schedule as draw
+    from sparsepilot.reporting.report import write_pictures
+
+    ours = arguments([a for a in given if a.startswith("out=")], {"out": None})
+    overrides = [a for a in given if not a.startswith("out=")]
+    name = next(a.partition("=")[2] for a in overrides if a.startswith("schedule="))
+    register()
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides=overrides)
+    check_target("schedule", cfg.schedule, given=("samples", "total_samples"))
+    schedule = instantiate(cfg.schedule, _convert_="all")
+    samples = int(cfg.samples)
+    breakpoints = inspect.signature(schedule).parameters.get("breakpoints")
+    if breakpoints is not None and not any(a.startswith("samples=") for a in overrides):
+        samples = int(breakpoints.default[-1][0])  # all of it
+    out = Path(ours["out"] or SCHEDULES / f"schedule-{name}")
+    return write_pictures([draw(schedule, samples, name)], [], [], out)
 
 
 if __name__ == "__main__":

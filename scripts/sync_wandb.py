@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from sparsepilot.config.cli import arguments, user_errors
 from sparsepilot.errors import ConfigError
+from sparsepilot.reporting.report import report_or_say
 from sparsepilot.reporting.wandb import LiveRun, resolve_mode, write_offline_run
 from sparsepilot.run_folder import RunFolder
 
@@ -25,9 +26,11 @@ def main() -> None:
         raise ConfigError(f"run_dir = {cfg['run_dir']}: there is no run here (no config.yaml)")
     saved = (OmegaConf.to_container(OmegaConf.load(folder.config)) or {}).get("logger") or {}
     settings = {**DEFAULTS, **(saved.get("wandb") or {})}
+    report_or_say(folder, print)  # of all the rows that go there now
     if resolve_mode(cfg["mode"]) == "online":
         live = LiveRun(folder, settings)
         live.after_checkpoint(samples=sys.maxsize)
+        live.add_pictures()
         live.close()
     else:
         write_offline_run(folder, settings)

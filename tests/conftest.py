@@ -30,6 +30,7 @@ TINY = (
     "batch=256",
     "samples=5120",
     "logger=none",
+    "report=false",
 )
 """A run of 20 steps that takes a second."""
 
@@ -108,7 +109,7 @@ def train_sites(compose_cfg: Compose, three_sites: Path, tmp_path: Path) -> Trai
 
     tiny = (
         "data=cache", f"data.path={three_sites}", "data.sites=[a,b,c]", "data.num_streams=8", "model.d_sae=48",
-        "batch=256", "samples=1024", "logger=none", f"run_dir={tmp_path}/run",
+        "batch=256", "samples=1024", "logger=none", "report=false", f"run_dir={tmp_path}/run",
     )  # fmt: skip
 
     def run(*overrides: str) -> dict[str, Any]:

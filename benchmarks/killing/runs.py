@@ -31,7 +31,7 @@ BASE = (
     *("model.d_sae=512", "model.k=4", "model.revival.aux_k=8"),
     *("controller._target_=killing.targets.SteppedK", "schedule=cosine", "schedule.warmup_samples=4096"),
     *("schedule._target_=killing.targets.cosine", "~schedule.final_factor"),
-    *(f"batch={BATCH}", f"samples={BATCH * STEPS}", "logger=none", "callbacks.log_every_steps=5"),
+    *(f"batch={BATCH}", f"samples={BATCH * STEPS}", "logger=none", "report=false", "callbacks.log_every_steps=5"),
     *(f"callbacks.checkpoint_every_samples={BATCH * SAVE_STEPS}", "callbacks.checkpoint_every_minutes=1000"),
     f"callbacks.validate_every_samples={BATCH * VALIDATE_STEPS}",
 )

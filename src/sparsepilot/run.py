@@ -39,6 +39,7 @@ from sparsepilot.interop import dictionary
 from sparsepilot.interop.fold import fold
 from sparsepilot.process_memory import keep_freed_memory
 from sparsepilot.reporting.environment import environment
+from sparsepilot.reporting.report import report_or_say
 from sparsepilot.reporting.summary import print_end, print_sizes
 from sparsepilot.reporting.wandb import WandbCopy
 from sparsepilot.rows import read_rows
@@ -80,11 +81,16 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
         record_start(folder, plain(cfg), data.cache.fingerprint)
         wandb.begin()
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=claimed.checkpoint, weights_only=True)
+            try:
+                trainer.fit(module, datamodule=data, ckpt_path=claimed.checkpoint, weights_only=True)
+            finally:
+                log.close()
+            summary = finish(folder, module, data)
+            if cfg.report:
+                report_or_say(folder, lambda text: console.print(text, highlight=False))
+                wandb.add_pictures()
         finally:
-            log.close()
             wandb.close()
-        summary = finish(folder, module, data)
         wandb.finish()
     finally:
         claimed.release()

@@ -20,6 +20,7 @@ class RunFolder:
     checkpoints/      last.ckpt points at the newest of samples-*.ckpt
     sae.safetensors   the trained autoencoder, beside sae.json
     summary.json      final value of every metric, samples, wall time, versions
+    report/           the pictures, as PNG and SVG, and report.html with all of them; drawn from the files above
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -30,6 +31,7 @@ class RunFolder:
         self.timing = self.path / "timing.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.summary = self.path / "summary.json"
+        self.report = self.path / "report"
 
     def exists(self) -> bool:
         """Whether a run was begun here."""

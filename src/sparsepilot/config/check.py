@@ -224,7 +224,7 @@ def _check_controller(plain: dict[str, Any]) -> None:
         raise ConfigError(
             "controller.quality = ce: is not measured; set cross_entropy=spliced, or controller.quality=fvu"
         )
-    targets = [node.get("target_l0")] + list(node.get("targets") or [])
+    targets = [node.get("target_l0"), *(node.get("targets") or [])]
     for target in targets:
         if target is not None and d_sae is not None and target > d_sae:
             field = "controller.targets" if node.get("targets") else "controller.target_l0"

@@ -66,6 +66,8 @@ class Config:
     resume: Resume = MISSING
     check: bool = MISSING
     """compose, build, run one batch, print sizes, stop"""
+    report: bool = MISSING
+    """draw the run into <run>/report when it ends"""
 
 
 @dataclass

@@ -61,7 +61,7 @@ class Constrained(Controller):
         if len(named) != 1:
             raise ConfigError(
                 f"controller: {' and '.join(named) or 'nothing'} given; name one quality: controller.target, "
-                "controller.ce_increase (nats above the clean model) or controller.ce_gap (share of clean to mean-ablated)"
+                "controller.ce_increase (nats above the clean model) or controller.ce_gap (share of clean to ablated)"
             )
         if quality == "fvu" and target is None:
             raise ConfigError(f"controller.{named[0]}: is of cross-entropy; with quality=fvu set controller.target")

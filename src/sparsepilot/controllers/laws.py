@@ -26,7 +26,7 @@ def average(before: float | None, value: float, keep: float) -> float:
 
 def clamp(value: float, low: float, high: float) -> float:
     """`value`, or the bound that it lies beyond."""
-    return min(high, max(low, value))
+    return float(min(high, max(low, value)))
 
 
 class Gains(NamedTuple):
@@ -60,7 +60,8 @@ class PI(NamedTuple):
 def pi_step(state: PI, error: float, samples: float, gains: Gains, hold: bool = False) -> PI:
     """One step of a proportional-integral law with clamps, a rate limit and integrals that do not wind up.
 
-        u = P + I,  P = proportional * e,  dI/dn = P / integral_samples + R,  dR/dn = P / (integral_samples * drift_samples)
+        u = P + I,  P = proportional * e,  dI/dn = P / integral_samples + R,
+        dR/dn = P / (integral_samples * drift_samples)
 
     R learns how fast the right output moves along with training, which a law without it would follow with an error.
     I and R stand still where `hold` says so, and where the output is at a limit that the error presses against.

@@ -25,7 +25,7 @@ def set_point(breakpoints: Breakpoints, done: float) -> float:
         return breakpoints[0][1]
     for (start, l0_start), (end, l0_end) in pairwise(breakpoints):
         if done < end:
-            return l0_start * (l0_end / l0_start) ** ((done - start) / (end - start))
+            return float(l0_start * (l0_end / l0_start) ** ((done - start) / (end - start)))
     return breakpoints[-1][1]
 
 
@@ -42,7 +42,7 @@ def glide(before: float, l0: float, target: float, samples: float, left: float, 
     """
     if before <= target or left <= samples:
         return float(target)
-    line = before * (target / before) ** (samples / left)
+    line = before * math.exp(math.log(target / before) * samples / left)
     return max(float(target), min(line, max(l0, before * math.exp(-followed * samples))))
 
 

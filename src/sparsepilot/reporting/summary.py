@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sparsepilot.reporting.page import PAGE
 from sparsepilot.run_folder import RunFolder
 
 
@@ -26,6 +27,8 @@ def print_end(console: Console, folder: RunFolder, summary: Mapping[str, Any], d
         ("samples/s", f"{summary['samples_per_s']:,.0f}"),
         ("run folder", str(folder.path)),
     ]
+    if (folder.report / PAGE).exists():
+        rows.append(("report", str(folder.report / PAGE)))
     if "val/recovery" in metrics:
         rows.insert(2, ("planted features recovered", f"mean cosine {metrics['val/recovery']:.3f}"))
     if "val/ce" in metrics:
@@ -38,7 +41,7 @@ def print_end(console: Console, folder: RunFolder, summary: Mapping[str, Any], d
         "next:\n"
         f"  {command} run_dir={folder.path} samples={2 * summary['samples']}   # train it for longer\n"
         f"  {command} model.d_sae={2 * d_sae}   # a dictionary twice as wide on the same cache\n"
-        f"  {python} scripts/report.py run_dir={folder.path}   # draw it\n"
+        f"  {python} scripts/report.py 'run_dir=[{folder.path},...]'   # draw it beside others\n"
         f"  {python} -c \"import sparsepilot; print(sparsepilot.load('{folder.path}'))\"   # use it",
         highlight=False,
         markup=False,

@@ -101,6 +101,17 @@ def send(run: Any, rows: Iterable[Mapping[str, Any]], after_step: int) -> int:
     return after_step
 
 
+def send_pictures(run: Any, folder: RunFolder) -> None:
+    """Logs the pictures of the run's report with its last step; nothing where it has none."""
+    import wandb
+
+    paths, rows = sorted(folder.report.glob("*.png")), list(read_rows(folder.metrics))
+    if paths and rows:
+        images = {f"report/{path.stem}": wandb.Image(str(path)) for path in paths}
+        # a run gone on with may be past the last row's step already: W&B drops what goes back
+        run.log({**images, "samples": rows[-1]["samples"]}, step=max(rows[-1]["step"], run.step))
+
+
 class LiveRun:
     """The online run: rows are sent as checkpoints cover them, none twice over any number of resumes."""
 
@@ -115,18 +126,23 @@ class LiveRun:
         rows = (row for row in read_rows(self._folder.metrics) if row["samples"] <= samples)
         self._sent_step = send(self._run, rows, self._sent_step)
 
+    def add_pictures(self) -> None:
+        """Sends the pictures of the run's report."""
+        send_pictures(self._run, self._folder)
+
     def close(self) -> None:
         """Waits until everything is sent."""
         self._run.finish()
 
 
 def write_offline_run(folder: RunFolder, settings: Mapping[str, Any]) -> None:
-    """Makes `<run>/wandb` anew from the rows: one offline run, ready for `wandb sync`."""
+    """Makes `<run>/wandb` anew from the rows and the report's pictures: one offline run, ready for `wandb sync`."""
     aside = folder.path / "wandb.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     run = begin(folder, settings, "offline", str(aside))
     send(run, read_rows(folder.metrics), after_step=0)
+    send_pictures(run, folder)
     run.finish()
     shutil.rmtree(folder.path / "wandb", ignore_errors=True)  # a copy of the rows, made again just now
     os.replace(aside / "wandb", folder.path / "wandb")
@@ -163,6 +179,14 @@ class WandbCopy:
         if self._live is not None:
             try:
                 self._live.after_checkpoint(samples)
+            except Exception as error:
+                self._warn(error)
+
+    def add_pictures(self) -> None:
+        """Sends the report's pictures to the online run; the offline one takes them when it is made."""
+        if self._live is not None:
+            try:
+                self._live.add_pictures()
             except Exception as error:
                 self._warn(error)
 

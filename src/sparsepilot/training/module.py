@@ -150,7 +150,7 @@ class TrainingModule(L.LightningModule):
 
     def wants_validation(self) -> bool:
         """Whether a controller needs a validation after the step just taken."""
-        return any([trainee.controller.wants_validation(self.samples) for _, trainee in self.each()])
+        return any(trainee.controller.wants_validation(self.samples) for _, trainee in self.each())
 
     def measure_cross_entropy(self) -> Row:
         """A row of the language model's figures alone, between two validations."""
@@ -161,7 +161,7 @@ class TrainingModule(L.LightningModule):
         row = self.clock()
         for (prefix, trainee), validation in zip(self.each(), self.validations.values(), strict=True):
             own = measure(cast(Validation, validation))
-            own = own | trainee.observe(own, self.samples)
+            own |= trainee.observe(own, self.samples)
             row |= {prefix + key: value for key, value in own.items()}
         return row
 

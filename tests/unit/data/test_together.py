@@ -145,7 +145,7 @@ def test_training_on_two_caches_is_training_on_one_that_holds_both(
     folder: Path, tmp_path: Path, compose_cfg: Compose
 ) -> None:
     common = ["data=cache", "data.num_streams=4", "batch=64", "samples=1280", "model.d_sae=64", "model.k=4"]
-    common += ["logger=none"]
+    common += ["logger=none", "report=false"]
     runs = {
         "one": (f"data.path={folder}/both", f"data.sites=[{SMALL!r}, {SITE}]"),
         "two": (

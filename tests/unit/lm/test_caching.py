@@ -230,6 +230,7 @@ def test_two_writers_one_killed_then_a_run(tiny_folder: Path, tmp_path: Path, co
             "batch=64",
             "samples=1280",
             "logger=none",
+            "report=false",
             f"run_dir={tmp_path}/run",
         )
     )

@@ -53,6 +53,22 @@ def test_an_offline_run_holds_each_step_once_after_three_breaks(train_tiny, tmp_
         assert row.get("val/fvu") == true.get("val/fvu")
 
 
+def test_the_pictures_of_the_report_are_in_the_offline_run(train_tiny, tmp_path: Path) -> None:
+    for samples in (2560, 5120):  # the second goes on with the first, and draws it anew
+        train_tiny(f"samples={samples}", "logger=wandb", "logger.wandb.mode=offline", "report=true")
+    (run,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    (found,) = run.glob("*.wandb")
+    rows = logged_rows(found)
+    assert [row["step"] for row in rows if "step" in row] == list(range(1, 21))
+    (last,) = (row for row in rows if "report/l0/path" in row)
+    assert (last["samples"], last["step"]) == (5120, 20)  # beside the last row, on the axis of samples
+    pictures = {path.stem: path for path in (tmp_path / "run" / "report").glob("*.png")}
+    assert {"l0", "loss", "control", "dead_latents", "learning_rate"} <= set(pictures)
+    for name, path in pictures.items():
+        assert last[f"report/{name}/_type"] == "image-file"
+        assert (run / "files" / last[f"report/{name}/path"]).read_bytes() == path.read_bytes()
+
+
 class FakeServerRun:
     """What W&B's client shows of a run: steps that it has, and a log that refuses to go back."""
 

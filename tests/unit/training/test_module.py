@@ -25,10 +25,15 @@ def checkpoint_of(run: Path) -> dict[str, Any]:
 
 
 def test_a_run_leaves_everything_that_is_promised(train_tiny, tmp_path: Path) -> None:
-    summary = train_tiny("callbacks.validate_every_samples=2560")
+    summary = train_tiny("callbacks.validate_every_samples=2560", "report=true")
     run = tmp_path / "run"
     assert {"config.yaml", "run.json", "metrics.jsonl", "timing.jsonl", "summary.json", "sae.json", "sae.safetensors",
-            "checkpoints", ".lock"} == {p.name for p in run.iterdir()}  # fmt: skip
+            "checkpoints", "report", ".lock"} == {p.name for p in run.iterdir()}  # fmt: skip
+    for kind in ("png", "svg"):
+        assert {"l0", "loss", "control", "dead_latents", "learning_rate"} <= {
+            p.stem for p in (run / "report").glob(f"*.{kind}")
+        }
+    assert (run / "report" / "report.html").exists()
     rows = rows_of(run)
     train_rows = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in train_rows] == list(range(1, 21))

@@ -1,0 +1,333 @@
+"""What the pictures show is what the rows say, on the axes that they were specified with."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import runpy
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference_run import BATCH, D_SAE, write_reference_run
+
+from sparsepilot import schedules
+from sparsepilot.reporting import report as reports
+from sparsepilot.reporting.as_image import draw_figure
+from sparsepilot.reporting.as_image import power_text as image_text
+from sparsepilot.reporting.as_plotly import figure
+from sparsepilot.reporting.figure import Axis, Picture, axis
+from sparsepilot.reporting.labels import labels
+from sparsepilot.reporting.overlay import overlay
+from sparsepilot.reporting.page import write_page
+from sparsepilot.reporting.pictures import learning_rate, registered
+from sparsepilot.reporting.runs import Run, read_runs
+from sparsepilot.reporting.tables import configuration_differences, results
+from sparsepilot.reporting.thin import thin
+from sparsepilot.reporting.ticks import Tick, linear_places, ticks
+from sparsepilot.run_folder import RunFolder
+
+FIVE = ["l0", "loss", "control", "dead_latents", "learning_rate"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_reference_run(tmp_path_factory.mktemp("reference") / "run")
+
+
+@pytest.fixture(scope="module")
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def pictures(folder: Path) -> dict[str, Picture]:
+    drawn = reports.draw_pictures(read_runs(RunFolder(folder)), ["a run"])
+    assert [picture.name for picture in drawn][:5] == FIVE
+    return {picture.name: picture for picture in drawn}
+
+
+def texts(axis: Axis) -> list[str]:
+    return [tick.text for tick in ticks(axis)]
+
+
+def points(rows: Sequence[dict[str, Any]], x: str, y: str, per: float = 1.0) -> list[tuple[float, float]]:
+    return [(row[x] / per, row[y]) for row in rows if y in row]
+
+
+def drawn(picture: Picture, panel: int, name: str) -> list[tuple[float, float]]:
+    line = next(line for line in picture.panels[panel].lines if line.name == name)
+    return list(zip(line.x, line.y, strict=True))
+
+
+def test_l0_is_log10_over_millions_of_samples_with_the_set_point_beside_it(pictures, rows) -> None:
+    picture = pictures["l0"]
+    (panel,) = picture.panels
+    assert (panel.x.label, panel.x.log, panel.x.low) == ("samples (M)", False, 0.0)
+    assert panel.x.high == pytest.approx(200, rel=1e-3)
+    assert texts(panel.x) == ["0", "25", "50", "75", "100", "125", "150", "175", "200"]
+    assert panel.y.log
+    assert texts(panel.y) == ["10", "100", "1,000", "10,000"]
+    assert drawn(picture, 0, "training batch") == points(rows, "samples", "train/l0", 1e6)
+    assert drawn(picture, 0, "set point") == points(rows, "samples", "controller/target", 1e6)
+    assert drawn(picture, 0, "validation") == points(rows, "samples", "val/l0", 1e6)
+    roles = {line.name: (line.role, line.kind) for line in panel.lines}
+    assert roles["set point"][0] == "set_point"
+    assert roles["validation"] == ("validation", "points")
+
+
+def test_loss_is_raw_over_steps_below_and_tokens_above(pictures, rows) -> None:
+    (panel,) = pictures["loss"].panels
+    assert (panel.x.label, panel.x.log, panel.x.low) == ("optimizer step", True, 1.0)
+    assert texts(panel.x) == ["10^0", "10^1", "10^2", "10^3", "10^4"]
+    assert panel.top is not None
+    assert (panel.top.label, panel.top.log) == ("tokens", True)
+    assert texts(panel.top) == ["10^5", "10^6", "10^7", "10^8"]
+    assert panel.top_per_x == BATCH
+    assert (panel.top.low, panel.top.high) == (panel.x.low * BATCH, panel.x.high * BATCH)
+    assert (panel.y.log, panel.y.low) == (False, 0.0)
+    shown = drawn(pictures["loss"], 0, "training loss")
+    assert shown == points(rows, "step", "train/loss")
+    assert [x for x, _ in shown][:100] == list(range(1, 101))
+
+
+def test_control_has_three_panels_over_steps(pictures, rows) -> None:
+    sparsity, strength, quality = pictures["control"].panels
+    steps = -(-200_000_000 // BATCH)
+    for panel in (sparsity, strength, quality):
+        assert (panel.x.label, panel.x.log, panel.x.low, panel.x.high) == ("training step", False, 0.0, steps)
+    assert [panel.y.log for panel in (sparsity, strength, quality)] == [True, False, False]
+    assert drawn(pictures["control"], 0, "training batch") == [
+        (x, y / D_SAE) for x, y in points(rows, "step", "train/l0")
+    ]
+    assert drawn(pictures["control"], 1, "strength") == points(rows, "step", "controller/strength")
+    assert strength.y.label == "regularization strength"
+    assert drawn(pictures["control"], 2, "measured") == points(rows, "step", "val/ce")
+    assert {y for _, y in drawn(pictures["control"], 2, "target")} == {2.3}
+    assert next(line for line in quality.lines if line.name == "target").role == "set_point"  # dashed
+
+
+def test_the_dead_window_is_shown_beside_the_count(pictures, rows) -> None:
+    (panel,) = pictures["dead_latents"].panels
+    assert drawn(pictures["dead_latents"], 0, "dead") == points(rows, "samples", "train/dead_latents", 1e6)
+    assert [(band.low, band.high, band.label) for band in panel.bands] == [(0.0, 10.0, "dead window 10M samples")]
+
+
+def test_the_reference_schedule_has_its_ticks_its_jump_and_its_end() -> None:
+    picture = learning_rate.draw_schedule(schedules.reference, 1_825_000_000, "reference")
+    (panel,) = picture.panels
+    (line,) = panel.lines
+    assert (panel.x.label, panel.x.low, panel.x.high, panel.x.log) == ("samples", 0.0, 1.825e9, False)
+    assert texts(panel.x) == ["500M", "1G", "1.5G"]
+    assert (panel.y.label, panel.y.log, panel.y.low) == ("learning rate", False, 0.0)
+    at = dict(zip(line.x, line.y, strict=True))
+    assert (at[0], at[49_999_999], at[50_000_000], at[1_825_000_000]) == (1e-4, 8e-4, 6e-4, 2.7e-4)
+    assert line.end_dot
+
+
+def test_both_drawings_show_the_same_numbers(pictures) -> None:
+    for picture in pictures.values():
+        drawing, page = draw_figure(picture), figure(picture)
+        traces = [trace for trace in page["data"] if not trace["meta"].get("helper")]
+        lines = [line for panel in picture.panels for line in panel.lines]
+        assert [(t["x"], t["y"]) for t in traces] == [(list(line.x), list(line.y)) for line in lines]
+        for i, (ax, panel) in enumerate(zip(drawing.axes, picture.panels, strict=True)):
+            number = "" if i == 0 else str(i + 1)
+            for ours, limits, name, mpl_axis in (
+                (panel.x, ax.get_xlim(), "xaxis", ax.xaxis), (panel.y, ax.get_ylim(), "yaxis", ax.yaxis),
+            ):  # fmt: skip
+                theirs = page["layout"][name + number]
+                assert limits == pytest.approx((ours.low, ours.high))
+                reach = [10**end for end in theirs["range"]] if ours.log else theirs["range"]
+                assert reach == pytest.approx(limits)
+                assert (theirs["type"] == "log") == (mpl_axis.get_scale() == "log") == ours.log
+                assert theirs["title"]["text"] == mpl_axis.get_label_text() == ours.label
+                assert list(mpl_axis.get_majorticklocs()) == theirs["tickvals"] == [t.value for t in ticks(ours)]
+                assert [t.get_text() for t in mpl_axis.get_ticklabels()] == [image_text(t.text) for t in ticks(ours)]
+            in_file = [line for line in ax.get_lines() if len(line.get_xdata()) > 1]
+            on_page = [line for line in panel.lines if line.kind != "steps" and len(line.x) > 1]
+            shown = [(list(line.get_xdata()), list(line.get_ydata())) for line in in_file]
+            for line in on_page:
+                assert (list(line.x), list(line.y)) in shown
+
+
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    """A run without a row, one without a closed loop, one whose rows are broken: a report each."""
+    config = {"model": {"d_sae": 64}, "samples": 5120, "batch": 256}
+    rows = [
+        {"step": step, "samples": 256 * step, "tokens": 256 * step, "train/loss": float("nan") if step == 2 else 3.0,
+         "train/l0": 4.0, "train/dead_latents": 0, "train/lr": 1e-3, "controller/strength": 0.0}
+        for step in (1, 2, 3)
+    ]  # fmt: skip
+    for number, some in enumerate(([], rows[:1], rows)):
+        run = Run("a run", config, some)
+        pictures = reports.draw_pictures([run], ["a run"])
+        for picture in pictures:
+            draw_figure(picture)
+        write_page(pictures, [run], ["a run"], tmp_path / f"{number}.html")
+        by_name = {picture.name: picture for picture in pictures}
+        said = [panel.missing for panel in by_name["control"].panels]
+        assert said[2] == "no val/ce in the rows: cross_entropy=spliced measures it"
+        assert (said[0] is None) == bool(some)
+        assert "controller=l0_target" in str(by_name["controller_health"].panels[1].missing)
+        assert len(by_name["frontier"].panels) == 1  # none for a cross-entropy that nobody measured
+        if not some:
+            assert by_name["l0"].panels[0].missing == "no train/l0 in the rows: the run has none yet"
+    assert all(math.isfinite(y) for y in by_name["loss"].panels[0].lines[0].y)
+    assert len(by_name["loss"].panels[0].lines[0].y) == 2
+
+
+def test_a_frontier_from_one_run_and_from_the_ends_of_several() -> None:
+    config = {"model": {"d_sae": 64}, "samples": 5120, "batch": 256}
+    pareto = [
+        {
+            "step": i,
+            "samples": 256 * i,
+            "frontier/target": l0,
+            "frontier/l0": l0,
+            "frontier/fvu": 1 / l0,
+            "frontier/ce": 3.0,
+        }
+        for i, l0 in enumerate((32.0, 16.0, 8.0), start=1)
+    ]
+    draw = next(draw for draw in registered() if draw.__module__.endswith(".frontier"))
+    fvu, ce = draw(Run("", config, pareto)).panels
+    assert [(line.x, line.y) for line in fvu.lines] == [([8, 16, 32], [1 / 8, 1 / 16, 1 / 32])]
+    assert ce.lines[0].y == [3.0] * 3
+    ends = [Run("", config, [{"step": 1, "samples": 256, "val/l0": l0, "val/fvu": 0.1 * l0}]) for l0 in (2, 4)]
+    (together,) = overlay([draw(run) for run in ends], ["a", "b"]).panels
+    assert [(line.run, line.x, line.y) for line in together.lines] == [(0, [2], [0.2]), (1, [4], [0.4])]
+    assert together.x.low < 2 < 4 < together.x.high
+
+
+def test_several_runs_are_named_by_what_differs(folder: Path, tmp_path: Path) -> None:
+    other = write_reference_run(tmp_path / "other", samples=100_000_000, controller={"target_l0": 8.0}, batch=8192)
+    runs = [run for path in (folder, other) for run in read_runs(RunFolder(path))]
+    assert labels(runs) == ["target_l0=4, samples=200M, batch=16,384", "target_l0=8, samples=100M, batch=8,192"]
+    table = configuration_differences(runs, labels(runs))
+    assert [list(row) for row in table.rows] == [
+        ["controller.target_l0", "4", "8"], ["samples", "200,000,000", "100,000,000"], ["batch", "16,384", "8,192"],
+    ]  # fmt: skip
+    assert results(runs, labels(runs)).rows[0][0] == labels(runs)[0]
+    by_name = {picture.name: picture for picture in reports.draw_pictures(runs, labels(runs))}
+    (l0,) = by_name["l0"].panels
+    assert {line.run for line in l0.lines} == {0, 1}
+    assert l0.x.high == pytest.approx(200, rel=1e-3)
+    (loss,) = by_name["loss"].panels
+    assert loss.top is None  # a step is another number of tokens in each
+    assert loss.notes == ["batch sizes differ, so there is no common axis of tokens"]
+    colours = {trace["meta"]["run"]: trace["meta"]["colour"]["light"] for trace in figure(by_name["l0"])["data"]
+               if not trace["meta"].get("helper")}  # fmt: skip
+    assert len(set(colours.values())) == 2
+
+
+def test_quantities_are_not_mixed_in_one_panel() -> None:
+    config = {"samples": 5120, "batch": 256}
+    row = {"step": 1, "samples": 256, "controller/strength": 8.0}
+    runs = [Run("", config | {"model": model}, [row]) for model in ({"d_sae": 64, "k": 8}, {"d_sae": 64})]
+    draw = next(draw for draw in registered() if draw.__module__.endswith(".control"))
+    strength = overlay([draw(run) for run in runs], ["topk", "relu"]).panels[1]
+    assert [line.run for line in strength.lines] == [0]
+    assert strength.notes == ["1 of 2 runs have this"]
+
+
+def test_each_trainee_of_a_run_is_a_run_of_its_own(tmp_path: Path) -> None:
+    path = write_reference_run(tmp_path / "run", samples=10 * BATCH)
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    clock = ("step", "samples", "tokens", "train/lr")
+    doubled = [
+        {key: v for key, v in row.items() if key in clock}
+        | {f"{name}/{key}": v * n if isinstance(v, float) else v for n, name in ((1, "one"), (2, "two"))
+           for key, v in row.items() if key not in clock}
+        for row in rows
+    ]  # fmt: skip
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in doubled))
+    one, two = read_runs(RunFolder(path))
+    assert [run.name.rpartition(": ")[2] for run in (one, two)] == ["one", "two"]
+    assert two.series("step", "train/l0")[1] == [2 * v for v in one.series("step", "train/l0")[1]]
+    assert one.rows == rows
+    assert len(set(labels([one, two]))) == 2
+
+
+def script(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+    runpy.run_path(str(Path(__file__).parents[3] / "scripts" / "report.py"), run_name="__main__")
+
+
+def test_the_script_draws_a_schedule_and_a_comparison(tmp_path: Path, monkeypatch, capsys) -> None:
+    script(monkeypatch, "schedule=reference", f"out={tmp_path}/schedule")
+    assert {path.name for path in (tmp_path / "schedule").iterdir()} == {
+        "learning_rate.png", "learning_rate.svg", "report.html",
+    }  # fmt: skip
+    page = (tmp_path / "schedule" / "report.html").read_text()
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])  # type: ignore[index]
+    assert data["pictures"][0]["layout"]["xaxis"]["ticktext"] == ["500M", "1G", "1.5G"]
+    for name in "ab":
+        write_reference_run(tmp_path / "runs" / name, samples=5 * BATCH, seed=ord(name))
+    script(monkeypatch, f"run_dir={tmp_path}/runs/*", f"out={tmp_path}/both")
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path}/both/report.html"
+    for wrong, line in (
+        (["run_dir=nowhere"], "run_dir = nowhere: there is no run here (no config.yaml)"),
+        (["run_dir=nowhere/*"], "run_dir = nowhere/*: no run folder (with a config.yaml) matches"),
+        (["schedule=referense"], "schedule=referense: there is no conf/schedule/referense.yaml; did you mean"),
+        (["runs=a"], "runs = a: there is no such field; "),
+    ):
+        with pytest.raises(SystemExit):
+            script(monkeypatch, *wrong)
+        assert capsys.readouterr().err.startswith("error: " + line)
+
+
+def test_a_report_that_fails_is_one_line_and_no_harm(train_tiny, tmp_path: Path, monkeypatch, capsys) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("no\nfonts")
+
+    monkeypatch.setattr(reports, "write_report", fail)
+    train_tiny("report=true")
+    said = capsys.readouterr().out
+    assert (
+        f"warning: no report: RuntimeError: no fonts; `python scripts/report.py run_dir={tmp_path}/run` tries" in said
+    )
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["samples"] == 5120
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=100), st.integers(4, 12), st.booleans())
+def test_thinning_keeps_ends_and_extremes(y: list[float], most: int, log_x: bool) -> None:
+    x = [float(i + 1) for i in range(len(y))]
+    thin_x, thin_y = thin(x, y, most, log_x)
+    assert len(thin_x) <= max(most, 4)
+    assert set(zip(thin_x, thin_y, strict=True)) <= set(zip(x, y, strict=True))
+    assert thin_x == sorted(thin_x)
+    assert (thin_x[0], thin_x[-1]) == (x[0], x[-1])
+    assert (min(thin_y), max(thin_y)) == (min(y), max(y))
+    if len(y) <= most:
+        assert thin_y == y
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9), st.integers(3, 10))
+def test_linear_ticks_are_few_even_and_inside(low: float, length: float, most: int) -> None:
+    high = low + length
+    if high - low < 1e-5 * max(abs(low), abs(high)):
+        return  # closer than six digits can tell apart
+    places = linear_places(low, high, most)
+    assert 1 <= len(places) <= most + 2
+    assert all(low - 1e-6 * length <= place <= high + 1e-6 * length for place in places)
+    steps = [b - a for a, b in pairwise(places)]
+    assert all(step == pytest.approx(steps[0], rel=1e-3) for step in steps)
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=20), st.booleans())
+def test_an_axis_holds_its_values_and_has_a_tick(values: list[float], log: bool) -> None:
+    made = axis("", values, log=log)
+    assert made.low <= min(values) <= max(values) <= made.high
+    assert made.low < made.high
+    found: list[Tick] = ticks(made)
+    assert found
+    assert len({tick.text for tick in found}) == len(found) or max(values) - min(values) < 1e-4 * max(values)
+    assert ticks(replace(made, text="samples")) if not log else True
