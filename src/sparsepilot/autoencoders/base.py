@@ -441,6 +441,9 @@ class Autoencoder(nn.Module, ABC):
             "blocks": self.blocks.kind,
             "layers": self.blocks.readers,
             "skip": self.blocks.skip,
+            "widths": list(self.blocks.read_widths),
+            "widths_out": list(self.blocks.write_widths),
+            **({} if self.prefixes is None else self.prefixes.inference_config(self.d_sae)),
         }
 
     def inference_tensors(self) -> dict[str, Tensor]:
