@@ -54,7 +54,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
         CheckpointError: when it is missing, damaged or holds anything but numbers.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except Exception as error:  # of zip, zlib, numpy and torch, each with errors of its own
         raise CheckpointError(f"{path}: is no npz file of plain numbers ({_line(error)})") from error

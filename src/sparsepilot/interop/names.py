@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -69,7 +70,13 @@ def layer_of(site: str) -> int | None:
 
 
 def model_of(cfg: dict[str, Any]) -> str | None:
-    """Id of the language model that a dictionary was trained on, where it is known and one."""
+    """Id of the language model that a dictionary was trained on, where it is known and one; of a folder its last name.
+
+    >>> model_of({"source": {"model_id": "/models/mine"}}), model_of({"source": {"kind": "planted"}})
+    ('mine', None)
+    """
     source = cfg.get("source")
     found = source.get("model_id") if isinstance(source, dict) else None
-    return found if isinstance(found, str) else None
+    if not isinstance(found, str):
+        return None
+    return Path(found).name if found.startswith(("/", ".", "~")) else found
