@@ -11,7 +11,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from shapes import assert_same, make
 from torch import Tensor
 
 import sparsepilot
+from sparsepilot.autoencoders.base import Autoencoder
 from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.autoencoders.prefixes import FixedPrefixes
 from sparsepilot.interop import dictionary
@@ -85,8 +86,22 @@ IMPORTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def trained(folder: Path, architecture: str, blocks: str, seed: int = 0) -> Dictionary:
-    """A dictionary as the end of a run leaves it, with scales far from 1."""
+class Trained(NamedTuple):
+    """A dictionary as the end of a run leaves it, and what it was in training, with scales far from 1."""
+
+    sae: Dictionary
+    model: Autoencoder
+    scale_in_D: Tensor
+    scale_out_D: Tensor
+
+    def in_training(self, x_BD: Tensor) -> Tensor:
+        """What training reconstructs of raw rows, in raw units."""
+        scaled_BD = x_BD * self.scale_in_D
+        targets_BD = scaled_BD.new_zeros(len(x_BD), self.model.d_out)
+        return self.model.evaluate(scaled_BD, targets_BD, self.model.knob.initial).y_hat_BD / self.scale_out_D
+
+
+def trained(folder: Path, architecture: str, blocks: str, seed: int = 0) -> Trained:
     prefixes = FixedPrefixes([0.125, 0.5]) if architecture == "matryoshka" else None
     name = "batchtopk" if architecture == "matryoshka" else architecture
     model = make(name, BLOCKS[blocks], seed, prefixes=prefixes)
@@ -94,13 +109,13 @@ def trained(folder: Path, architecture: str, blocks: str, seed: int = 0) -> Dict
         model.threshold.fill_(0.9)  # type: ignore[operator]
     per_site = [torch.full((width,), 0.037 * 3.0**i) for i, width in enumerate(model.blocks.read_widths)]
     scale_in_D = torch.cat(per_site)
-    scale_out_D = scale_in_D if model.blocks.same else torch.linspace(2.0, 2.0, model.d_out)
+    scale_out_D = scale_in_D if model.blocks.same else torch.full((model.d_out,), 2.0)
     sites, sites_out = SITES.get(blocks, MLP)
     cfg = {**model.inference_config(model.knob.initial), "sites": sites, "sites_out": sites_out}
     cfg["source"] = {"model_id": "a/model", "context_length": 64}
     folder.mkdir(parents=True)
     dictionary.save(folder, cfg, fold(cfg, model.inference_tensors(), scale_in_D, scale_out_D))
-    return sparsepilot.load(folder)
+    return Trained(sparsepilot.load(folder), model, scale_in_D, scale_out_D)
 
 
 def raw_rows(sae: Dictionary, folder: Path) -> Tensor:
@@ -139,14 +154,15 @@ def test_their_code_gives_our_numbers_on_our_exports(tmp_path: Path, tool: str) 
         for architecture in architectures:
             name = f"{architecture} {blocks}"
             folder = tmp_path / name
-            sae = trained(folder, architecture, blocks)
-            written = export([sae], tool, folder / "out")
+            run = trained(folder, architecture, blocks)
+            written = export([run.sae], tool, folder / "out")
             at = folder / "out" / written.folder
-            expected[name] = (sae, raw_rows(sae, folder), at)
+            expected[name] = (run, raw_rows(run.sae, folder), at)
             jobs.append({"folder": str(at), "x": str(folder / "x.safetensors"), "answer": str(folder / "answer")})
     answers, failed = work(tool, tmp_path, jobs), {}
-    for (name, (sae, x, at)), theirs in zip(expected.items(), answers, strict=True):
-        compare(name, sae, x, theirs, failed)
+    for (name, (run, x, at)), theirs in zip(expected.items(), answers, strict=True):
+        assert_same(theirs["y"], run.in_training(x), f"{name}: training", TOLERANCE)
+        compare(name, run.sae, x, theirs, failed)
         compare(f"{name}, read back", sparsepilot.load(at), x, theirs, failed)
     assert not failed
 
@@ -236,7 +252,7 @@ def test_gemma_scope_gives_the_numbers_of_its_readers(tmp_path: Path, tool: str)
 def test_a_set_of_transcoders_is_one_for_circuit_tracer(tmp_path: Path) -> None:
     saes = []
     for layer in range(3):
-        sae = trained(tmp_path / f"run{layer}", "jumprelu-step", "transcoder", seed=layer)
+        sae = trained(tmp_path / f"run{layer}", "jumprelu-step", "transcoder", seed=layer).sae
         sae.cfg["sites"], sae.cfg["sites_out"] = [f"model.layers.{layer}.mlp:in"], [f"model.layers.{layer}.mlp"]
         saes.append(sae)
     export(saes, "circuit_tracer", tmp_path / "out")

@@ -137,7 +137,7 @@ def build(cfg: dict[str, Any], tensors: dict[str, Tensor], config_path: Path) ->
             raise CheckpointError(f"{folder}: {name} has shape {found}, {says} says {shape}")
     for name, tensor in tensors.items():
         if name not in shapes:
-            raise CheckpointError(f"{folder}: holds {name}, which a {cfg['architecture']} {cfg['blocks']} has not")
+            raise CheckpointError(f"{folder}: holds {name}, which {cfg['architecture']} {cfg['blocks']}s do not have")
         if not tensor.is_floating_point():
             raise CheckpointError(f"{folder}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, not numbers")
         if bool(tensor.isnan().any()):
@@ -156,9 +156,11 @@ def _check(cfg: dict[str, Any], path: Path) -> None:
             raise CheckpointError(f"{path}: {field} is {value!r}, a positive integer is needed")
     d_in, d_sae, layers = cfg["d_in"], cfg["d_sae"], cfg.get("layers", 1)
     if cfg["blocks"] in SAME and cfg["d_out"] != d_in:
-        raise CheckpointError(f"{path}: d_out is {cfg['d_out']}, d_in {d_in}; an {cfg['blocks']} has one width")
+        raise CheckpointError(f"{path}: d_out is {cfg['d_out']}, d_in {d_in}; blocks {cfg['blocks']!r} have one width")
     if layers > 1 and (cfg["blocks"] != "cross_layer_transcoder" or d_in % layers or d_sae % layers):
-        raise CheckpointError(f"{path}: layers is {layers}, which a {cfg['blocks']} of {d_in} to {d_sae} cannot have")
+        raise CheckpointError(
+            f"{path}: layers is {layers}, which blocks {cfg['blocks']!r} of {d_in} to {d_sae} cannot have"
+        )
     k = cfg.get("k")
     if cfg["architecture"] == "topk" and (type(k) is not int or not 1 <= k <= d_sae):
         raise CheckpointError(f"{path}: k is {k!r}, an integer from 1 to d_sae = {d_sae} is needed")

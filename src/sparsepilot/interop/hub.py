@@ -39,7 +39,7 @@ def fetch(reference: str, files: Callable[[set[str], str | None], list[str]], hu
         except ImportError as error:
             raise CheckpointError(f"{reference}: needs huggingface_hub; pip install huggingface_hub") from error
     try:
-        paths = hub.list_repo_files(repo, revision=revision)
+        paths = _list(hub, repo, revision)
         file = inside.rpartition("/")[2] if inside in paths else None
         folder = inside.rpartition("/")[0] if file is not None else inside
         prefix = folder + "/" if folder else ""
@@ -55,3 +55,17 @@ def fetch(reference: str, files: Callable[[set[str], str | None], list[str]], hu
         there = ", ".join(sorted(names)[:8]) or "nothing"
         raise CheckpointError(f"{reference}: holds {there}; no dictionary of a known format")
     return got[0] if file is not None else got[0].parent
+
+
+def _list(hub: Any, repo: str, revision: str | None) -> list[str]:
+    """All files of a repository; where the hub cannot be reached, those of its copy on this machine."""
+    try:
+        return list(hub.list_repo_files(repo, revision=revision))
+    except Exception:
+        try:
+            copy = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
+        except Exception:
+            copy = None
+        if copy is None:
+            raise
+        return [path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()]

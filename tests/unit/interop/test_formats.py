@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,7 @@ def test_every_architecture_is_in_the_table_of_docs_formats() -> None:
         ("saelens", "autoencoder", {"sites": ["lm_head"]}, r"the site 'lm_head' has no TransformerLens hook"),
         ("saelens", "autoencoder", {"sites": ["a", "b"]}, r"cannot hold a dictionary of 2 sites \(sites\)"),
         ("sparsify", "autoencoder", {"sites": ["model.layers.0:in"], "sites_out": None}, r"name it: hook="),
+        ("sparsify", "autoencoder", {"sites": ["...."], "sites_out": None}, r"is no name of a module; name it"),
         ("sparsify", "transcoder", {"sites": ["model.layers.0"]}, r"not the output of one module"),
         ("circuit_tracer", "transcoder", {"sites": ["synthetic"]}, r"name them: hook=blocks"),
         ("circuit_tracer", "transcoder", {"sites": ["model.layers.1.mlp:in"]}, r"are not two hooks of one layer"),
@@ -242,7 +244,7 @@ def test_nan_integers_missing_and_unknown_tensors_are_refused(tmp_path: Path) ->
         ({"b_dec": b_dec}, "b_dec holds NaN"),
         ({"b_enc": torch.zeros(96, dtype=torch.int64)}, "b_enc holds int64, not numbers"),
         ({"threshold": None}, r"threshold has shape None, cfg.json says \[96\]"),
-        ({"W_gate": torch.zeros(3)}, "holds W_gate, which a jumprelu autoencoder has not"),
+        ({"W_gate": torch.zeros(3)}, "holds W_gate, which jumprelu autoencoders do not have"),
         ({"scaling_factor": torch.full((96,), 2.0)}, "scaling_factor is not 1"),
     ]:
         tensors = {name: t for name, t in {**good, **change}.items() if t is not None}
@@ -303,7 +305,7 @@ def test_a_configuration_that_is_no_json_object_is_refused(tmp_path: Path, text:
         ({"blocks": "decoder"}, "blocks 'decoder' is not known"),
         ({"k": None}, "k is None"),
         ({"layers": 0}, "layers is 0"),
-        ({"layers": 3}, "layers is 3, which a autoencoder"),
+        ({"layers": 3}, "layers is 3, which blocks 'autoencoder'"),
         ({"d_out": 5}, "d_out is 5, d_in 12"),
         ({"sites": "model.layers.9"}, "sites is 'model.layers.9', a list of names is needed"),
     ],
@@ -424,6 +426,31 @@ def test_from_a_hub_come_the_files_that_are_needed(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match="needs huggingface_hub"):
         hub.fetch("hf:me/saes", _files)
+
+
+def test_without_a_network_the_hubs_own_copy_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real huggingface_hub, on a cache laid out as it does."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    sae = folded("jumprelu-step", "autoencoder")
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "models--me--saes"
+    export([sae], "saelens", repo / "snapshots" / commit / "layer_3")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(sparsepilot.load("hf:me/saes/layer_3").W_enc, sae.W_enc)
+    with pytest.raises(CheckpointError, match="hf:me/none/layer_3: "):
+        sparsepilot.load("hf:me/none/layer_3")
+
+
+def test_reading_needs_neither_lightning_nor_hydra(tmp_path: Path) -> None:
+    folders = [str(exported(tmp_path / format, format)) for format in WRITABLE]
+    code = (
+        "import sys, sparsepilot; [sparsepilot.load(folder) for folder in sys.argv[1:]]; "
+        "bad = {'lightning', 'hydra', 'zarr', 'wandb', 'transformers'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code, *folders], check=True)
 
 
 def script(name: str, *words: str) -> None:

@@ -6,6 +6,7 @@ have one width. It knows no scale of the input; ours is folded in.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -52,6 +53,8 @@ def write(sae: Dictionary, folder: Path, names: Names) -> Written:
             f"format = sparsify: cannot hold a transcoder from {cfg['d_in']} to {cfg['d_out']} columns; one width only"
         )
     hookpoint = names.hook or _hookpoint(sae)
+    if not re.fullmatch(r"\w[\w.-]*", hookpoint):  # it becomes a folder's name, and may come from a stranger's file
+        raise ConfigError(f"format = sparsify: {hookpoint!r} is no name of a module; name it: hook=<module>")
     inside = folder / hookpoint
     inside.mkdir()
     norms_F = tensors["W_dec"].norm(dim=1)
