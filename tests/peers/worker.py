@@ -16,8 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.update(WANDB_MODE="disabled", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", SPARSIFY_DISABLE_TRITON="1")
-
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -242,6 +240,7 @@ TOOLS: dict[str, tuple[Callable[..., Answer], Callable[..., Answer]]] = {
 
 @torch.no_grad()
 def main() -> None:
+    os.environ.update(WANDB_MODE="disabled", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", SPARSIFY_DISABLE_TRITON="1")
     load, make = TOOLS[sys.argv[1]]
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[2]).read_text()):

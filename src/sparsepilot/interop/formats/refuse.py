@@ -43,10 +43,10 @@ def check_held(tool: str, holds: Holds, reasons: Mapping[str, str], sae: Diction
     kind, architecture = kind_of(sae.cfg), sae.cfg["architecture"]
     if kind not in holds:
         why = reasons.get(kind, f"it has no {kind.replace('_', ' ')}s")
-        raise ConfigError(f"format = {tool}: cannot hold a {kind.replace('_', ' ')}; {why}")
+        raise ConfigError(f"format = {tool}: cannot hold {kind.replace('_', ' ')}s; {why}")
     if architecture not in holds[kind]:
         why = reasons.get(architecture, f"it can hold {', '.join(holds[kind])} there")
-        raise ConfigError(f"format = {tool}: cannot hold a {architecture} {kind.replace('_', ' ')}; {why}")
+        raise ConfigError(f"format = {tool}: cannot hold {architecture} {kind.replace('_', ' ')}s; {why}")
     if kind != "cross_layer_transcoder":
         for field in ("sites", "sites_out"):
             sites = sae.cfg.get(field) or []
