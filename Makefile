@@ -4,9 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 ARGS   ?=
+PEERS  := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast check format clean
+.PHONY: help setup train test test-fast peers check format clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -30,6 +31,17 @@ test: $(READY)   ## the whole test suite
 test-fast: $(READY)  ## the tests that take seconds
 	@$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
+peers: $(PEERS)/.installed  ## make .venv-peers, the tools whose formats tests/peers writes and reads
+
+# torchvision, which one of them asks for, breaks `import transformers` beside a CPU torch; circuit-tracer asks for an
+# older transformers than the others, which its readers of weights do not need
+$(PEERS)/.installed: tests/peers/constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch sae-lens eai-sparsify dictionary-learning
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c $< --no-deps circuit-tracer
+	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
+
 check: $(READY)  ## lint, format, types, direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -40,6 +52,6 @@ format: $(READY)  ## put the code into the project's format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean:           ## remove caches of tools and the environment; never runs or data
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist src/*.egg-info
+clean:           ## remove caches of tools and the environments; never runs or data
+	rm -rf $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -48,11 +48,11 @@ BLOCKS: dict[str, Blocks] = {
 }
 
 
-def make(architecture: str, blocks: str, seed: int = 0, **common: Any) -> Autoencoder:
+def make(architecture: str, blocks: str | Blocks, seed: int = 0, **common: Any) -> Autoencoder:
     """A model whose parameters all differ from their start, as in the middle of a run."""
     torch.manual_seed(seed)
     common.setdefault("dense_above", DENSE_ABOVE)
-    model = ARCHITECTURES[architecture](BLOCKS[blocks], **common)
+    model = ARCHITECTURES[architecture](BLOCKS[blocks] if isinstance(blocks, str) else blocks, **common)
     with torch.no_grad():
         model.initialise(0.1 * torch.randn(model.d_in), 0.1 * torch.randn(model.d_out), 7.0)
         for name, parameter in model.named_parameters():

@@ -13,10 +13,12 @@ __version__ = "0.1.0"
 
 
 def load(path: str | Path) -> Dictionary:
-    """A trained autoencoder from a run folder, as a plain module with `encode`, `decode`, `W_enc`, `W_dec` and `cfg`.
+    """A trained dictionary as a plain module with `encode`, `decode`, `W_enc`, `W_dec` and `cfg`, for raw activations.
 
-    Needs torch and safetensors only. Raises CheckpointError when the files are missing or damaged.
+    `path` is a run folder, a folder or file of SAELens, sparsify, dictionary_learning, circuit-tracer or Gemma Scope,
+    or a hub id `hf:<owner>/<repository>/<folder or file>`. Needs torch, safetensors and numpy; no file can run code.
+    Raises CheckpointError when there is nothing to load or a file is damaged.
     """
-    from sparsepilot.interop.dictionary import load
+    from sparsepilot.interop.load import load
 
     return load(path)

@@ -44,10 +44,11 @@ from sparsepilot.reporting.summary import print_end, print_sizes
 from sparsepilot.reporting.wandb import WandbCopy
 from sparsepilot.rows import read_rows
 from sparsepilot.run_folder import RunFolder, write_json
+from sparsepilot.starting import Origin, begin_from, load_origin
 from sparsepilot.training.module import TrainingModule
 from sparsepilot.training.trainee import Sites, Trainee
 from sparsepilot.training.validation import CrossEntropy, Validation
-from sparsepilot.wiring import WIRING, wire
+from sparsepilot.wiring import STARTING, WIRING, wire
 
 NO_LIGHTNING_VALIDATION = 2**62  # batches; ValidateEvery decides instead
 
@@ -70,9 +71,12 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
         console.print(note, highlight=False)
     faults.point("resume-claimed")
     try:
+        # before a cache is built; a run that goes on has weights of its own
+        origin = load_origin(cfg.model.get("init_from")) if claimed.checkpoint is None else None
         data = build_data(cfg, console)
         data.start_sample = claimed.samples
         module = build_module(cfg, data)
+        _begin_from(origin, module, console)
         _say_stretched_schedule(cfg, claimed, console)
         wandb = WandbCopy(folder, plain(cfg)["logger"].get("wandb"), lambda text: console.print(text, highlight=False))
         log = RunLog(folder, claimed.samples, lambda: _waited_s(trainer), wandb.after_checkpoint)
@@ -100,8 +104,10 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
 
 def check_run(cfg: DictConfig, console: Console) -> dict[str, str]:
     """`check=true`: builds everything, runs one batch, prints what a run will take, leaves no run folder."""
+    origin = load_origin(cfg.model.get("init_from"))
     data = build_data(cfg, console)
     module = build_module(cfg, data)
+    _begin_from(origin, module, console)
     folder = RunFolder(cfg.run_dir)
     build_trainer(cfg, folder, RunLog(folder, samples=0), console, samples=0)
     sizes = measure_sizes(module, data)
@@ -184,6 +190,7 @@ def build_module(cfg: DictConfig, data: ActivationData) -> TrainingModule:
     total_samples = _total(cfg)
     model = plain(cfg)["model"]
     wired = wire(data, **{name: model.pop(name) for name in WIRING if name in model})
+    model = {name: value for name, value in model.items() if name not in STARTING}
     # a partial: Hydra would turn a dataclass among the arguments into a configuration node
     autoencoder: Autoencoder = instantiate({**model, "_partial_": True})(blocks=wired.blocks)
     if autoencoder.architecture not in dictionary.OWN_TENSORS:
@@ -220,6 +227,13 @@ def build_cross_entropy(cfg: DictConfig, data: ActivationData, sites: Sites) -> 
         return None
     make = instantiate({**values["cross_entropy"], "_partial_": True})
     return cast(CrossEntropy, make(data=data, sites=sites, lm=values["lm"]))
+
+
+def _begin_from(origin: Origin | None, module: TrainingModule, console: Console) -> None:
+    """Gives the fresh trainee the weights that `model.init_from` names, and says what is different about them."""
+    if origin is not None:
+        for note in begin_from(origin, cast(Trainee, module.trainees["sae"])):
+            console.print(f"model.init_from: {note}", highlight=False)
 
 
 def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Console, samples: int) -> L.Trainer:

@@ -14,7 +14,9 @@ from sparsepilot.errors import ConfigError
 from sparsepilot.training.trainee import Sites, SiteStats
 
 WIRING = ("sites", "skip")
-"""Fields of the model group that `wire` reads; the rest belongs to the architecture."""
+"""Fields of the model group that `wire` reads."""
+STARTING = ("init_from",)
+"""Those that `starting.py` reads; the rest belongs to the architecture."""
 
 
 class ReadWrite(TypedDict, total=False):

@@ -18,8 +18,7 @@ def test_the_tree_is_complete() -> None:
             folder = match[1] + "/"
             continue
         indent = "" if line.startswith("  ") and not line.startswith("    ") else folder
-        files = re.split(r" {2,}", line.strip())[0]  # a description stands two spaces or more to the right
-        named |= {indent + name for name in re.findall(r"[\w/]+\.py", files)}
+        named |= {indent + name for name in re.findall(r"(?<!\S)[\w/]+\.py(?!\S)", line)}
     package = ROOT / "src" / "sparsepilot"
     there = {str(p.relative_to(package)) for p in package.rglob("*.py") if p.name != "__init__.py"}
     assert named == there

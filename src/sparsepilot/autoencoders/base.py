@@ -409,6 +409,14 @@ class Autoencoder(nn.Module, ABC):
         self.total_variance = total_variance
 
     @torch.no_grad()
+    def adopt(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over tensors of `inference_tensors` (scaled, unit decoder rows) that another dictionary had; those that
+        it had not stay as they are."""
+        for name, parameter in self.named_parameters():
+            if name in tensors:
+                parameter.copy_(tensors[name])
+
+    @torch.no_grad()
     def project_gradients(self) -> None:
         """Takes the part of W_dec's gradient along each unit row out: it would only be undone by `after_step`."""
         grad_FD = self.W_dec.grad
@@ -447,6 +455,9 @@ class Autoencoder(nn.Module, ABC):
             "blocks": self.blocks.kind,
             "layers": self.blocks.readers,
             "skip": self.blocks.skip,
+            "widths": list(self.blocks.read_widths),
+            "widths_out": list(self.blocks.write_widths),
+            **({} if self.prefixes is None else self.prefixes.inference_config(self.d_sae)),
         }
 
     def inference_tensors(self) -> dict[str, Tensor]:

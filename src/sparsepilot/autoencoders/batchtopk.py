@@ -88,5 +88,11 @@ class BatchTopK(Autoencoder):
     def inference_config(self, strength: float) -> dict[str, Any]:
         return {**super().inference_config(strength), "k": strength}
 
+    @torch.no_grad()
+    def adopt(self, tensors: dict[str, Tensor]) -> None:
+        super().adopt(tensors)
+        if "threshold" in tensors:
+            self.threshold.fill_(float(tensors["threshold"].mean()))
+
     def inference_tensors(self) -> dict[str, Tensor]:
         return {**super().inference_tensors(), "threshold": self.thresholds()}

@@ -103,5 +103,11 @@ class JumpReLU(Penalised):
             {"params": [self.log_threshold], "lr_scale": self.threshold_lr_scale, "weight_decay": 0.0, **betas},
         ]
 
+    @torch.no_grad()
+    def adopt(self, tensors: dict[str, Tensor]) -> None:
+        super().adopt(tensors)
+        if "threshold" in tensors:
+            self.log_threshold.copy_(tensors["threshold"].clamp_min(1e-6).log())
+
     def inference_tensors(self) -> dict[str, Tensor]:
         return {**super().inference_tensors(), "threshold": self.thresholds().detach()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -25,6 +26,10 @@ class Prefixes(ABC):
     @abstractmethod
     def ends(self, d_sae: int, seed: int, samples: int) -> list[int]:
         """Ascending ends of the prefixes, the last one d_sae."""
+
+    def inference_config(self, d_sae: int) -> dict[str, Any]:
+        """What a saved dictionary says of its prefixes; JSON values only."""
+        return {}
 
     def decode_at(self, codes_P: Tensor, W_dec_FD: Tensor, active: ActiveSet, ends: Sequence[int]) -> Tensor:
         """[B, G, D]: the reconstruction of every prefix, without b_dec."""
@@ -70,6 +75,9 @@ class FixedPrefixes(Prefixes):
     def ends(self, d_sae: int, seed: int, samples: int) -> list[int]:
         ends = {max(1, round(f * d_sae)) for f in self.fractions} | {d_sae}
         return sorted(ends)
+
+    def inference_config(self, d_sae: int) -> dict[str, Any]:
+        return {"prefix_ends": self.ends(d_sae, seed=0, samples=0)}
 
 
 class RandomPrefixes(Prefixes):

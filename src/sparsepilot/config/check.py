@@ -13,7 +13,7 @@ from sparsepilot.errors import ConfigError
 from sparsepilot.lm import load as lm_load
 from sparsepilot.lm import text as lm_text
 from sparsepilot.reporting.wandb import resolve_mode
-from sparsepilot.wiring import WIRING, check_sites, wire
+from sparsepilot.wiring import STARTING, WIRING, check_sites, wire
 
 BEST_BY = ("val/fvu", "val/loss", "val/mse", "val/ce")
 """Validation metrics of which less is better."""
@@ -30,7 +30,9 @@ def check(cfg: DictConfig) -> None:
     wiring = {k: v for k, v in plain["model"].items() if k in WIRING}
     check_fields("model", wiring, wire, given=("data",))
     check_sites(**wiring)
-    check_target("model", {k: v for k, v in plain["model"].items() if k not in WIRING}, given=("blocks",))
+    check_fields("model", {k: v for k, v in plain["model"].items() if k in STARTING}, _starting_fields)
+    built = {k: v for k, v in plain["model"].items() if k not in WIRING + STARTING}
+    check_target("model", built, given=("blocks",))
     check_target("controller", plain["controller"])
     check_target("optimizer", plain["optimizer"], given=("params",))
     _try_optimizer(plain["optimizer"])
@@ -246,6 +248,10 @@ def _wandb_fields(
     mode: str, project: str, entity: str | None = None, group: str | None = None, tags: list[str] | None = None
 ) -> None:
     """The signature of conf/logger/wandb.yaml."""
+
+
+def _starting_fields(init_from: str | None = None) -> None:
+    """The signature of what `starting.py` reads of the model group."""
 
 
 def _check_relations(plain: dict[str, Any]) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsepilot.errors import CheckpointError
+from sparsepilot.interop.files import read_json, read_safetensors
 from sparsepilot.run_folder import replacing_path, write_json
 
 FORMAT = 2
@@ -25,6 +24,9 @@ OWN_TENSORS: dict[str, tuple[str, ...]] = {
     "gated": ("r_mag", "b_mag"),
 }
 """What each architecture has beside W_enc, b_enc, W_dec, b_dec; all of shape [d_sae]."""
+SAME = ("autoencoder", "crosscoder")
+"""Blocks whose encoder reads x - b_dec; all others read x."""
+BLOCKS = (*SAME, "transcoder", "cross_layer_transcoder")
 
 
 class Dictionary(nn.Module):
@@ -33,7 +35,7 @@ class Dictionary(nn.Module):
     Attributes:
         W_enc: [d_in, d_sae]; of a cross-layer transcoder [d_in of one layer, d_sae]
         b_enc: [d_sae]
-        W_dec: [d_sae, d_out], unit rows (TopK over several sites: of mean norm 1)
+        W_dec: [d_sae, d_out], unit rows (TopK over several sites: of mean norm 1) where this project trained it
         b_dec: [d_out]
         threshold: [d_sae], of batchtopk and jumprelu
         r_mag, b_mag: [d_sae], of gated
@@ -56,7 +58,7 @@ class Dictionary(nn.Module):
         self.cfg = cfg
         for name, tensor in tensors.items():
             setattr(self, name, nn.Parameter(tensor))
-        self._subtracts_b_dec = cfg["blocks"] in ("autoencoder", "crosscoder")
+        self._subtracts_b_dec = cfg["blocks"] in SAME
 
     def encode(self, x: Tensor) -> Tensor:
         """[..., d_in] raw activations -> [..., d_sae] codes, zero where a latent is not active."""
@@ -89,6 +91,10 @@ class Dictionary(nn.Module):
         y = self.decode(self.encode(x))
         return y if not hasattr(self, "W_skip") else y + x.to(y.dtype) @ self.W_skip.T
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name, as `save` takes them."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
 
 def save(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Writes a dictionary for raw activations (`interop.fold`), all or nothing."""
@@ -97,47 +103,82 @@ def save(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     write_json(folder / CONFIG, {"format": FORMAT, **cfg})
 
 
-def load(path: str | Path) -> Dictionary:
-    """Loads a dictionary from a run folder or a folder with sae.json and sae.safetensors.
+def load(folder: Path) -> Dictionary:
+    """Loads what `save` wrote; `interop.load` also knows other formats.
 
     Raises:
         CheckpointError: when a file is missing, damaged, of an unknown format or has tensors of the wrong shape.
     """
-    folder = Path(path)
-    folder = folder.parent if folder.is_file() else folder
     for name in (CONFIG, TENSORS):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} holds no {name}: give a run folder whose training has ended")
-    try:
-        cfg = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / TENSORS)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(f"{folder}: the saved autoencoder is damaged ({error})") from error
-    if not isinstance(cfg, dict) or cfg.get("format") not in (1, FORMAT):
-        found = cfg.get("format") if isinstance(cfg, dict) else cfg
-        raise CheckpointError(f"{folder / CONFIG}: format {found!r} is not known; this version reads 1 and {FORMAT}")
+    cfg, tensors = read_json(folder / CONFIG), read_safetensors(folder / TENSORS)
+    if cfg.get("format") not in (1, FORMAT):
+        raise CheckpointError(
+            f"{folder / CONFIG}: format {cfg.get('format')!r} is not known; this version reads 1 and {FORMAT}"
+        )
     if cfg["format"] == 1:  # TopK autoencoders only
         cfg = {**cfg, "blocks": "autoencoder", "d_out": cfg.get("d_in"), "sites_out": cfg.get("sites")}
-    architecture = cfg.get("architecture")
-    if architecture not in OWN_TENSORS:
-        raise CheckpointError(
-            f"{folder / CONFIG}: architecture {architecture!r} is not known; known: {', '.join(OWN_TENSORS)}"
-        )
+    return build(cfg, tensors, folder / CONFIG)
+
+
+def build(cfg: dict[str, Any], tensors: dict[str, Tensor], config_path: Path) -> Dictionary:
+    """A dictionary in fp32 from a configuration and tensors that nobody has looked at yet.
+
+    Raises:
+        CheckpointError: naming the file and the field or tensor that cannot be.
+    """
+    _check(cfg, config_path)
+    folder, says = config_path.parent, config_path.name
     shapes = _shapes(cfg)
     for name, shape in shapes.items():
         found = list(tensors[name].shape) if name in tensors else None
         if found != shape:
-            raise CheckpointError(f"{folder / TENSORS}: {name} has shape {found}, {CONFIG} says {shape}")
-    for name in tensors.keys() - shapes.keys():
-        raise CheckpointError(f"{folder / TENSORS}: holds {name}, which a {architecture} {cfg['blocks']} has not")
-    return Dictionary(cfg, tensors)
+            raise CheckpointError(f"{folder}: {name} has shape {found}, {says} says {shape}")
+    for name, tensor in tensors.items():
+        if name not in shapes:
+            raise CheckpointError(f"{folder}: holds {name}, which {cfg['architecture']} {cfg['blocks']}s do not have")
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{folder}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, not numbers")
+        if bool(tensor.isnan().any()):
+            raise CheckpointError(f"{folder}: {name} holds NaN")
+    return Dictionary(cfg, {name: tensor.float().contiguous() for name, tensor in tensors.items()})
 
 
-def _shapes(cfg: dict[str, Any]) -> dict[str, list[int | None]]:
+def _check(cfg: dict[str, Any], path: Path) -> None:
+    """Everything that can be wrong with a configuration by itself."""
+    for field, known in (("architecture", tuple(OWN_TENSORS)), ("blocks", BLOCKS)):
+        if cfg.get(field) not in known:
+            raise CheckpointError(f"{path}: {field} {cfg.get(field)!r} is not known; known: {', '.join(known)}")
+    for field in ("d_in", "d_sae", "d_out", "layers"):
+        value = cfg.get(field, 1 if field == "layers" else None)
+        if type(value) is not int or value < 1:
+            raise CheckpointError(f"{path}: {field} is {value!r}, a positive integer is needed")
+    d_in, d_sae, layers = cfg["d_in"], cfg["d_sae"], cfg.get("layers", 1)
+    if cfg["blocks"] in SAME and cfg["d_out"] != d_in:
+        raise CheckpointError(f"{path}: d_out is {cfg['d_out']}, d_in {d_in}; blocks {cfg['blocks']!r} have one width")
+    if layers > 1 and (cfg["blocks"] != "cross_layer_transcoder" or d_in % layers or d_sae % layers):
+        raise CheckpointError(
+            f"{path}: layers is {layers}, which blocks {cfg['blocks']!r} of {d_in} to {d_sae} cannot have"
+        )
+    k = cfg.get("k")
+    if cfg["architecture"] == "topk" and (type(k) is not int or not 1 <= k <= d_sae):
+        raise CheckpointError(f"{path}: k is {k!r}, an integer from 1 to d_sae = {d_sae} is needed")
+    for field in ("sites", "sites_out"):
+        sites = cfg.get(field)
+        if sites is not None and not (isinstance(sites, list) and all(isinstance(site, str) for site in sites)):
+            raise CheckpointError(f"{path}: {field} is {sites!r}, a list of names is needed")
+
+
+def _shapes(cfg: dict[str, Any]) -> dict[str, list[int]]:
     """What every tensor of a file must look like."""
-    d_in, d_sae, d_out = cfg.get("d_in"), cfg.get("d_sae"), cfg.get("d_out")
-    width = d_in // cfg.get("layers", 1) if isinstance(d_in, int) else d_in
-    shapes = {"W_enc": [width, d_sae], "b_enc": [d_sae], "W_dec": [d_sae, d_out], "b_dec": [d_out]}
+    d_in, d_sae, d_out = cfg["d_in"], cfg["d_sae"], cfg["d_out"]
+    shapes = {
+        "W_enc": [d_in // cfg.get("layers", 1), d_sae],
+        "b_enc": [d_sae],
+        "W_dec": [d_sae, d_out],
+        "b_dec": [d_out],
+    }
     shapes |= {name: [d_sae] for name in OWN_TENSORS[cfg["architecture"]]}
     if cfg.get("skip"):
         shapes["W_skip"] = [d_out, d_in]

@@ -34,7 +34,7 @@ def fold(cfg: dict[str, Any], tensors: dict[str, Tensor], scale_in_D: Tensor, sc
     if cfg["architecture"] in PER_ROW:
         norms_F = norms_F.mean().expand_as(norms_F)
     n_F1 = norms_F[:, None]
-    scales_FD = s_in.view(readers, 1, width).expand(readers, d_sae // readers, width).reshape(d_sae, width)
+    scales_FD = per_latent(s_in, readers, d_sae)
     folded = {
         "W_enc": n_F1 * scales_FD * W_enc_FD,
         "b_enc": norms_F * tensors["b_enc"].double(),
@@ -49,8 +49,7 @@ def fold(cfg: dict[str, Any], tensors: dict[str, Tensor], scale_in_D: Tensor, sc
         folded["W_skip"] = tensors["W_skip"].double() * s_in / s_out[:, None]
     if cfg["blocks"] in ("transcoder", "cross_layer_transcoder"):
         b_in_D = tensors["b_in"].double() / s_in
-        per_reader = b_in_D.view(readers, 1, width).expand(readers, d_sae // readers, width).reshape(d_sae, width)
-        shift_F = (folded["W_enc"] * per_reader).sum(dim=1)
+        shift_F = (folded["W_enc"] * per_latent(b_in_D, readers, d_sae)).sum(dim=1)
         folded["b_enc"] = folded["b_enc"] - shift_F
         if "b_mag" in folded:
             folded["b_mag"] = folded["b_mag"] - folded["r_mag"].exp() * shift_F
@@ -58,3 +57,83 @@ def fold(cfg: dict[str, Any], tensors: dict[str, Tensor], scale_in_D: Tensor, sc
             folded["b_dec"] = folded["b_dec"] - folded["W_skip"] @ b_in_D
     folded["W_enc"] = folded["W_enc"].T
     return {name: tensor.float().cpu().contiguous() for name, tensor in folded.items()}
+
+
+def unfold(
+    cfg: dict[str, Any], tensors: dict[str, Tensor], scale_in_D: Tensor, scale_out_D: Tensor, mean_in_D: Tensor
+) -> dict[str, Tensor]:
+    """The inverse of `fold`: tensors for training in scaled units, of a dictionary for raw activations.
+
+    With x' = s_in x, y' = s_out y, and n_i the norm of decoder row i after its columns were multiplied by s_out:
+
+        W_dec_i <- s_out W_dec_i / n_i, a unit row               b_dec <- s_out b_dec
+        W_enc_i <- n_i W_enc_i / s_in    b_enc_i <- n_i b_enc_i    threshold_i <- n_i threshold_i
+
+    A transcoder in training reads x' - mean_in: W_enc mean_in goes back into b_enc and b_mag, and W_skip mean_in into
+    b_dec. Every n_i is its own, for TopK, too; where they differ, a latent's place among the others does change.
+
+    Args:
+        cfg: of the dictionary.
+        tensors: as `Dictionary.tensors` gives them, W_enc [d_in, d_sae].
+        scale_in_D, scale_out_D: [d_in], [d_out] factors of the run to come.
+        mean_in_D: [d_in] what a transcoder subtracts from its scaled input.
+
+    Returns:
+        Tensors of `Autoencoder.inference_tensors` without b_in ([d_sae, width]), and `norms` [d_sae].
+    """
+    given = {name: tensor.double().cpu() for name, tensor in tensors.items()}
+    s_in, s_out, mean_in = (tensor.double().cpu() for tensor in (scale_in_D, scale_out_D, mean_in_D))
+    W_enc_FD = given["W_enc"].T
+    d_sae, width = W_enc_FD.shape
+    readers = s_in.numel() // width
+    W_dec_FD = given["W_dec"] * s_out
+    norms_F = W_dec_FD.norm(dim=1).clamp_min(1e-30)
+    found = {
+        "W_enc": norms_F[:, None] * W_enc_FD / per_latent(s_in, readers, d_sae),
+        "b_enc": norms_F * given["b_enc"],
+        "W_dec": W_dec_FD / norms_F[:, None],
+        "b_dec": s_out * given["b_dec"],
+        "norms": norms_F,
+    }
+    found |= {name: norms_F * given[name] for name in ("threshold", "b_mag") if name in given}
+    if "r_mag" in given:
+        found["r_mag"] = given["r_mag"]
+    if "W_skip" in given:
+        found["W_skip"] = s_out[:, None] * given["W_skip"] / s_in
+    if cfg["blocks"] in ("transcoder", "cross_layer_transcoder"):
+        shift_F = (found["W_enc"] * per_latent(mean_in, readers, d_sae)).sum(dim=1)
+        found["b_enc"] = found["b_enc"] + shift_F
+        if "b_mag" in found:
+            found["b_mag"] = found["b_mag"] + found["r_mag"].exp() * shift_F
+        if "W_skip" in found:
+            found["b_dec"] = found["b_dec"] + found["W_skip"] @ mean_in
+    return {name: tensor.float().contiguous() for name, tensor in found.items()}
+
+
+def per_latent(values_D: Tensor, readers: int, d_sae: int) -> Tensor:
+    """[d_sae, width of a latent's input]: of values per input column, those that each latent reads."""
+    width = values_D.numel() // readers
+    return values_D.view(readers, 1, width).expand(readers, d_sae // readers, width).reshape(d_sae, width)
+
+
+def reading_less(tensors: dict[str, Tensor], by_D: Tensor) -> dict[str, Tensor]:
+    """The same codes from an encoder that reads x - by where it read x: W_enc by [d_sae] goes into b_enc and b_mag.
+
+    Formats differ in whether b_dec is subtracted from the input; with by = -b_dec an encoder of ours no longer does.
+    """
+    shift_F = by_D.double() @ tensors["W_enc"].double()
+    moved = dict(tensors)
+    moved["b_enc"] = (tensors["b_enc"].double() + shift_F).float()
+    if "b_mag" in tensors:
+        moved["b_mag"] = (tensors["b_mag"].double() + tensors["r_mag"].double().exp() * shift_F).float()
+    return moved
+
+
+def rescaled(tensors: dict[str, Tensor], by_F: Tensor) -> dict[str, Tensor]:
+    """Codes times `by` [d_sae] > 0, decoder rows divided by it: the same reconstruction."""
+    n_F = by_F.double()
+    changed = {name: tensor.double() for name, tensor in tensors.items()}
+    changed["W_enc"] = changed["W_enc"] * n_F
+    changed["W_dec"] = changed["W_dec"] / n_F[:, None]
+    changed |= {name: changed[name] * n_F for name in ("b_enc", "threshold", "b_mag") if name in changed}
+    return {name: tensor.float() for name, tensor in changed.items()}
