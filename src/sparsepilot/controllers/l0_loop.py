@@ -18,6 +18,9 @@ FEWEST = 1e-3
 """L0 that stands for none at all, where its logarithm is needed."""
 SMOOTH, SLOPE_OVER, RATIO_OVER, DRIFT_AFTER = 0.1, 0.5, 5.0, 20.0
 """In lags: averages of L0, of the error for its slope and for the ratio; and the drift's time, see `laws.Gains`."""
+COLLAPSING, BRAKE = -0.4, 5.0
+"""Where L0 is lower than its set point by so many nats and still falling, latents are being lost that may not come back:
+ln(strength) goes down by so many nats in a lag, whatever the gains."""
 RATE = 10.0
 """Nats that ln(strength) moves at most in a lag."""
 STATE = (
@@ -152,6 +155,9 @@ class L0Loop:
         self._slow_error = average(self._slow_error, self._error, keep_of(batch, SLOPE_OVER * lag))
         in_a_lag = self._error + (self._error - self._slow_error) / SLOPE_OVER
         self._slewing = measured.coherence > COHERENT
+        if self._error < COLLAPSING and in_a_lag < self._error:
+            integral = clamp(self._pi.integral - BRAKE * batch / lag, gains.low, gains.high)
+            self._pi = self._pi._replace(integral=integral, drift=0.0)
         self._pi = pi_step(self._pi, self._error, batch, gains, hold=self._slewing or in_a_lag * self._error < 0)
         self.strength = math.exp(self._pi.output)
 
