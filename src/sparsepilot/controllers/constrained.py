@@ -75,7 +75,7 @@ class Constrained(Controller):
         self.plant = plant
         self._set_point: float | None = None if plant.kind == "penalty" else plant.initial
         self.loop.bind(plant, plant.initial)
-        self._wait_strength = max(self.loop.lowest, WAITING * self.loop.strength)
+        self._wait_strength = max(self.loop.lowest, WAITING * (self.loop.initial_strength or plant.initial))
         self.strength = self.loop.strength
         if plant.kind == "penalty":
             self._rest()

@@ -21,11 +21,13 @@ SMOOTH, SLOPE_OVER, RATIO_OVER, DRIFT_AFTER = 0.1, 0.5, 5.0, 20.0
 COLLAPSING, BRAKE = -0.4, 5.0
 """Where L0 is lower than its set point by so many nats and still falling, latents are being lost that may not come back:
 ln(strength) goes down by so many nats in a lag, whatever the gains."""
+FADE_IN = 3.0
+"""Lags over which a penalty fades in, quadratically, so that one that is far too strong is seen before it has killed."""
 RATE = 10.0
 """Nats that ln(strength) moves at most in a lag."""
 STATE = (
     "strength", "_pi", "_estimate", "_mean_l0", "_mean_set_point", "_slow_error", "_settled_error", "_log_ratio",
-    "_error", "_slewing",
+    "_error", "_slewing", "_steps",
 )  # fmt: skip
 
 
@@ -102,6 +104,9 @@ class L0Loop:
         self._log_ratio: float | None = None
         self._error = 0.0
         self._slewing = False
+        self._steps = 0
+        if plant.kind == "penalty":
+            self.strength = self._faded_in()
 
     @property
     def lowest_l0(self) -> float:
@@ -159,7 +164,12 @@ class L0Loop:
             integral = clamp(self._pi.integral - BRAKE * batch / lag, gains.low, gains.high)
             self._pi = self._pi._replace(integral=integral, drift=0.0)
         self._pi = pi_step(self._pi, self._error, batch, gains, hold=self._slewing or in_a_lag * self._error < 0)
-        self.strength = math.exp(self._pi.output)
+        self._steps += 1
+        self.strength = self._faded_in()
+
+    def _faded_in(self) -> float:
+        share = min(1.0, (self._steps + 1) / (FADE_IN * self.lag_steps))
+        return max(math.exp(self._pi.output) * share**2, self.lowest)
 
     def put(self, strength: float) -> None:
         """Puts a penalty where an outer law wants it; the loop goes on from there without a jump."""
