@@ -25,6 +25,7 @@ from sparsepilot.autoencoders.base import Autoencoder
 from sparsepilot.caching import build_cache, check_recipe, is_sealed
 from sparsepilot.callbacks.checkpoint import CrashSafeCheckpoint
 from sparsepilot.callbacks.checkpoint_io import CrashSafeIO
+from sparsepilot.callbacks.disturb import Disturb
 from sparsepilot.callbacks.progress import ProgressLine
 from sparsepilot.callbacks.run_log import RunLog
 from sparsepilot.callbacks.stop import StopAtStep
@@ -251,6 +252,7 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Cons
     )
     callbacks: list[L.Callback] = [
         log,
+        *([Disturb(**{**when.disturb, "at": int(when.disturb["at"] * total_samples)})] if when.disturb else []),
         ValidateEvery(
             when.validate_every_samples or max(cfg.batch, total_samples // 20),
             log,

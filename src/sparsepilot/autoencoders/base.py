@@ -368,6 +368,11 @@ class Autoencoder(nn.Module, ABC):
         """Scalar: share of the thresholds' last motion that went one way; 0 where they do not move."""
         return self.b_enc.new_zeros(())
 
+    @torch.no_grad()
+    def shift_thresholds_(self, by: float) -> None:
+        """Makes every latent fire from `by` higher pre-activations on; for disturbing a run."""
+        self.b_enc.sub_(by)
+
     def encode_subset(self, x_BD: Tensor, ids_A: Tensor) -> Tensor:
         """[B, A] pre-activations of some latents (ids ascending), differentiable."""
         W_enc_AD, b_enc_A = self.W_enc.index_select(0, ids_A), self.b_enc.index_select(0, ids_A)

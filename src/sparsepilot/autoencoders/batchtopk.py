@@ -82,6 +82,10 @@ class BatchTopK(Autoencoder):
     def thresholds(self) -> Tensor:
         return self.threshold.clamp_min(0).expand_as(self.b_enc)
 
+    @torch.no_grad()
+    def shift_thresholds_(self, by: float) -> None:
+        self.threshold.add_(by)  # k is k in training, wherever the pre-activations lie
+
     def activate(self, pre_BF: Tensor) -> Tensor:
         return pre_BF * (pre_BF > self.threshold.clamp_min(0))
 

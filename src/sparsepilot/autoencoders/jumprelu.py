@@ -80,6 +80,11 @@ class JumpReLU(Penalised):
     def threshold_coherence(self) -> Tensor:
         return self.coherence
 
+    @torch.no_grad()
+    def shift_thresholds_(self, by: float) -> None:
+        self.log_threshold.copy_((self.thresholds() + by).clamp_min(1e-6).log())
+        self.last_log_threshold.copy_(self.log_threshold)
+
     def bounds(self, now: Moment) -> Tensor:
         """The lower edge of the kernel; the threshold itself where no gradient is wanted."""
         thresholds_F = self.thresholds()

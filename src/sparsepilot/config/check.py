@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from sparsepilot.callbacks.disturb import disturbance
 from sparsepilot.config.instantiate import instantiate
 from sparsepilot.config.signature import check_fields, check_target
 from sparsepilot.errors import ConfigError
@@ -41,6 +42,8 @@ def check(cfg: DictConfig) -> None:
     _check_trainer(plain["trainer"])
     _check_loggers(plain["logger"] or {})
     _check_controller(plain)
+    if plain["callbacks"]["disturb"] is not None:
+        check_fields("callbacks.disturb", plain["callbacks"]["disturb"], disturbance)
     if plain["cross_entropy"] is not None:
         _check_cross_entropy(plain)
     _check_relations(plain)

@@ -31,6 +31,8 @@ class Callbacks:
     keep_last: int = MISSING
     keep_best: int = MISSING
     best_by: str = MISSING
+    disturb: Any = None
+    """None, or what disturbs the run once, see callbacks/disturb.py"""
 
 
 @dataclass

@@ -73,6 +73,10 @@ class Controller(ABC):
         """Whether a validation is needed now, after the step that ended at `samples`, apart from the regular ones."""
         return False
 
+    def disturb(self, factor: float) -> None:
+        """Multiplies the strength, from outside; for seeing what the law makes of it."""
+        self.strength *= factor
+
     def readings(self) -> dict[str, float]:
         """What is logged under `controller/`: always `strength`; in closed loop
 

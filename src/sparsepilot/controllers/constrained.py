@@ -150,6 +150,10 @@ class Constrained(Controller):
             warnings.warn(f"controller: the target {self.quality} of {self._target():.4g} {why}", stacklevel=1)
             self._said = True
 
+    def disturb(self, factor: float) -> None:
+        self.loop.disturb(factor)
+        self.strength = self.loop.strength
+
     def readings(self) -> dict[str, float]:
         readings = self.loop.readings()
         if self._value is not None and self._wanted is not None:

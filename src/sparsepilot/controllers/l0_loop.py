@@ -19,10 +19,10 @@ FEWEST = 1e-3
 SMOOTH, SLOPE_OVER, RATIO_OVER, DRIFT_AFTER = 0.1, 0.5, 5.0, 20.0
 """In lags: averages of L0, of the error for its slope and for the ratio; and the drift's time, see `laws.Gains`."""
 COLLAPSING, BRAKE = -0.4, 5.0
-"""Where L0 is lower than its set point by so many nats and still falling, latents are being lost that may not come back:
+"""Where L0 is lower than its set point by so many nats and still falling, latents are being lost:
 ln(strength) goes down by so many nats in a lag, whatever the gains."""
 FADE_IN = 3.0
-"""Lags over which a penalty fades in, quadratically, so that one that is far too strong is seen before it has killed."""
+"""Lags over which a penalty fades in, quadratically, so that one far too strong is seen before it kills."""
 RATE = 10.0
 """Nats that ln(strength) moves at most in a lag."""
 STATE = (
@@ -175,6 +175,14 @@ class L0Loop:
         """Puts a penalty where an outer law wants it; the loop goes on from there without a jump."""
         u = math.log(clamp(strength, self._low, self._high))
         self._pi = PI(u, u)
+        self.strength = math.exp(u)
+
+    def disturb(self, factor: float) -> None:
+        """Multiplies a penalty's strength, from outside."""
+        u = clamp(self._pi.output + math.log(factor), self._gains.low, self._gains.high)
+        self._pi = self._pi._replace(
+            output=u, integral=clamp(self._pi.integral + math.log(factor), self._gains.low, self._gains.high)
+        )
         self.strength = math.exp(u)
 
     def observe(self, row: Mapping[str, object], now: float) -> None:

@@ -91,6 +91,10 @@ class L0Target(Controller):
         self.loop.observe(row, self._set_point)
         return {}
 
+    def disturb(self, factor: float) -> None:
+        self.loop.disturb(factor)
+        self.strength = self.loop.strength
+
     def readings(self) -> dict[str, float]:
         return self.loop.readings()
 

@@ -109,6 +109,10 @@ class Pareto(Controller):
             self._at, self._since, self._settled_since, self._asked = self._at + 1, samples, -1, False
         return found
 
+    def disturb(self, factor: float) -> None:
+        self.loop.disturb(factor)
+        self.strength = self.loop.strength
+
     def readings(self) -> dict[str, float]:
         return self.loop.readings()
 

@@ -1,0 +1,56 @@
+"""Disturbs a run once, to see what its controller makes of it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import lightning as L
+import torch
+from pydantic import PositiveFloat
+
+from sparsepilot.callbacks.steps import ended_optimizer_step
+from sparsepilot.training.module import TrainingModule
+
+
+class Disturb(L.Callback):
+    """After the step that passes `at`, disturbs what is steered (or, with `strength`, what steers).
+
+    Args:
+        at: sample of the run.
+        thresholds: is added to every latent's threshold, in units of scaled pre-activations.
+        strength: the controller's strength is multiplied by it.
+        data_scale: all inputs from there on are multiplied by it.
+    """
+
+    def __init__(self, at: int, thresholds: float = 0.0, strength: float = 1.0, data_scale: float = 1.0) -> None:
+        self.at, self.thresholds, self.strength, self.data_scale = at, thresholds, strength, data_scale
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run that resumes behind `at` has its inputs scaled; the rest is in its state."""
+        module = cast(TrainingModule, pl_module)
+        if module.samples >= self.at:
+            self._scale_data(module)
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Disturbs, once."""
+        module = cast(TrainingModule, pl_module)
+        if not ended_optimizer_step(trainer) or not module.samples - module.batch < self.at <= module.samples:
+            return
+        for _, trainee in module.each():
+            trainee.autoencoder.shift_thresholds_(self.thresholds)
+            trainee.controller.disturb(self.strength)
+        self._scale_data(module)
+
+    def _scale_data(self, module: TrainingModule) -> None:
+        for _, trainee in module.each():
+            trainee.scale_in.mul_(self.data_scale)
+            trainee.scale_out.mul_(self.data_scale)
+
+
+def disturbance(
+    at: PositiveFloat, thresholds: float = 0.0, strength: PositiveFloat = 1.0, data_scale: PositiveFloat = 1.0
+) -> None:
+    """The signature of `callbacks.disturb`; there `at` is a share of the budget."""
