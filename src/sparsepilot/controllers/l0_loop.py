@@ -18,7 +18,7 @@ FEWEST = 1e-3
 """L0 that stands for none at all, where its logarithm is needed."""
 SMOOTH, SLOPE_OVER, RATIO_OVER, DRIFT_AFTER = 0.1, 0.5, 5.0, 20.0
 """In lags: averages of L0, of the error for its slope and for the ratio; and the drift's time, see `laws.Gains`."""
-COLLAPSING, BRAKE = -0.4, 5.0
+COLLAPSING, BRAKE = -0.7, 5.0
 """Where L0 is lower than its set point by so many nats and still falling, latents are being lost:
 ln(strength) goes down by so many nats in a lag, whatever the gains."""
 FADE_IN = 3.0

@@ -143,4 +143,4 @@ FELT_AFTER, OVER = 0.75, 5.0
 """In lags: what the plant feels of the output, and what the estimate averages over."""
 DOUBT = 0.05**2
 """Variance of ln(strength) that counts as no movement."""
-GAIN_RANGE = (0.5, 20.0)
+GAIN_RANGE = (1.0, 20.0)
