@@ -18,6 +18,9 @@ FEWEST = 1e-3
 """L0 that stands for none at all, where its logarithm is needed."""
 SMOOTH, SLOPE_OVER, RATIO_OVER, DRIFT_AFTER = 0.1, 0.5, 5.0, 20.0
 """In lags: averages of L0, of the error for its slope and for the ratio; and the drift's time, see `laws.Gains`."""
+BEGIN = 0.03
+"""Strength at the start, as a share of the model's own coefficient: one that is too weak costs a little time, one that is
+too strong costs latents."""
 COLLAPSING, BRAKE = -0.7, 5.0
 """Where L0 is lower than its set point by so many nats and still falling, latents are being lost:
 ln(strength) goes down by so many nats in a lag, whatever the gains."""
@@ -56,7 +59,7 @@ class L0Loop:
     samples (docs/decisions/0013).
 
     Args:
-        initial_strength: of a penalty; None: the model's own coefficient.
+        initial_strength: of a penalty; None: 0.03 of the model's own coefficient. It may be wrong by 100 either way.
         lowest: of a penalty's strength.
         highest: of a penalty's strength.
         proportional: nats of ln(strength) per nat of error, for a plant whose L0 falls by one nat per nat.
@@ -84,7 +87,7 @@ class L0Loop:
         self.strength = set_point
         low, high = plant.low, plant.high
         if plant.kind == "penalty":
-            self.strength = float(self.initial_strength or plant.initial)
+            self.strength = self.initial_strength or BEGIN * plant.initial
             low, high = max(self.lowest, low), min(self.highest, high)
         if not low <= self.strength <= high:
             field = "controller.initial_strength" if self.initial_strength else "model.coefficient"
