@@ -96,7 +96,7 @@ class GainEstimate(NamedTuple):
     """How much ln L0 falls per nat of ln(strength), learned from what both have lately done together.
 
     Both are compared with their running averages, twice, so that neither a level nor a steady drift counts as an answer
-    of the plant. Without movement the estimate is 1.
+    of the plant. The estimate begins at 1 and changes only where the output moves.
     """
 
     gain: float = 1.0
@@ -133,8 +133,9 @@ def estimate_gain(state: GainEstimate, output: float, answer: float, samples: fl
     mean_u, mean_y = average(state.means[0], felt, keep), average(state.means[1], answer, keep)
     mean_du, mean_dy = average(state.means[2], felt - mean_u, keep), average(state.means[3], answer - mean_y, keep)
     du, dy = felt - mean_u - mean_du, answer - mean_y - mean_dy
-    covariance = average(state.covariance, du * dy, keep)
-    variance = average(state.variance, du * du, keep)
+    forget = (1 - keep) * du * du / (du * du + DOUBT)  # where nothing moves there is nothing to learn, and to forget
+    covariance = average(state.covariance, du * dy, 1 - forget)
+    variance = average(state.variance, du * du, 1 - forget)
     gain = (DOUBT - covariance) / (DOUBT + variance)
     return GainEstimate(clamp(gain, *GAIN_RANGE), felt, (mean_u, mean_y, mean_du, mean_dy), covariance, variance)
 
