@@ -83,13 +83,18 @@ def pi_step(state: PI, error: float, samples: float, gains: Gains, hold: bool = 
     proportional = gains.proportional * clamp(error, -gains.largest_error, gains.largest_error)
     pressed = 0.0 if hold else proportional * samples / gains.integral_samples
     integral = state.integral + pressed + (0.0 if hold else state.drift * samples)
-    drift = state.drift + pressed / gains.drift_samples
+    learns = abs(error) <= SMALL  # on the way from afar the output moves for another reason than drift
+    drift = state.drift + (pressed / gains.drift_samples if learns else 0.0)
     wanted = proportional + integral
     reach = gains.rate * samples
     output = clamp(clamp(wanted, state.output - reach, state.output + reach), gains.low, gains.high)
     if (wanted - output) * error > 0:
         integral, drift = state.integral, state.drift
     return PI(output, clamp(integral, gains.low, gains.high), drift, proportional, output != wanted)
+
+
+SMALL = 0.25
+"""Largest error from which `pi_step` learns the drift."""
 
 
 class GainEstimate(NamedTuple):
