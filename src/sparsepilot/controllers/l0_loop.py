@@ -19,8 +19,8 @@ FEWEST = 1e-3
 SMOOTH, SLOPE_OVER, RATIO_OVER, DRIFT_AFTER = 0.1, 0.5, 1.0, 20.0
 """In lags: averages of L0, of the error for its slope and for the ratio; and the drift's time, see `laws.Gains`."""
 BEGIN = 0.1
-"""Strength at the start, as a share of the model's own coefficient: one that is too weak costs a little time, one that is
-too strong costs latents."""
+"""Strength at the start, as a share of the model's own coefficient: one that is too weak costs a little time, one that
+is too strong costs latents."""
 COLLAPSING, BRAKE = -0.7, 5.0
 """Where L0 is lower than its set point by so many nats and still falling, latents are being lost:
 ln(strength) goes down by so many nats in a lag, whatever the gains."""
@@ -220,15 +220,18 @@ class L0Loop:
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, and lists of them."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in self._state().items()}
+        return {name: _lists(getattr(self, name)) for name in STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        for name, value in state.items():
-            kind = {"_pi": PI, "_estimate": GainEstimate}.get(name)
-            setattr(
-                self, name, value if kind is None else kind(*(tuple(v) if isinstance(v, list) else v for v in value))
-            )
+        for name in STATE:
+            setattr(self, name, _tuples(state[name]))
+        self._pi, self._estimate = PI(*self._pi), GainEstimate(*self._estimate)
 
-    def _state(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in STATE}
+
+def _lists(value: Any) -> Any:
+    return [_lists(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
