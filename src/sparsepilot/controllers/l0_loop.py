@@ -16,8 +16,10 @@ COHERENT = 0.9
 """Share of the thresholds' motion in one direction from which on they count as running at their limit."""
 FEWEST = 1e-3
 """L0 that stands for none at all, where its logarithm is needed."""
-SMOOTH, SLOPE_OVER, RATIO_OVER, DRIFT_AFTER = 0.1, 0.5, 1.0, 20.0
-"""In lags: averages of L0, of the error for its slope and for the ratio; and the drift's time, see `laws.Gains`."""
+SMOOTH, SLOPE_OVER, RATIO_OVER = 0.1, 0.5, 1.0
+"""In lags: averages of L0, of the error for its slope and for the ratio."""
+FOLLOWING, INTEGRATING = (1.0, 1.0, 20.0), (6.0, 10.0, math.inf)
+"""Factor of the proportional gain; integral and drift times in lags. A plant that integrates already wants mostly P."""
 BEGIN = 0.1
 """Strength at the start, as a share of the model's own coefficient: one that is too weak costs a little time, one that
 is too strong costs latents."""
@@ -94,9 +96,11 @@ class L0Loop:
             raise ConfigError(f"{field} = {self.strength:g}: should lie between {low:g} and {high:g}")
         self._low, self._high = low, high
         self.lag = lag = self.lag_steps * plant.batch
+        stronger, slower, drift_after = INTEGRATING if plant.integrates else FOLLOWING
+        self._proportional = stronger * self.proportional
         self._gains = Gains(
-            self.proportional, lag, DRIFT_AFTER * lag, 1.0, RATE / lag, math.log(low), math.log(high)
-        )  # fmt: skip
+            self._proportional, slower * lag, drift_after * lag, 1.0, RATE / lag, math.log(low), math.log(high)
+        )
         u = math.log(self.strength)
         self._pi = PI(u, u)
         self._estimate = GainEstimate()
@@ -159,7 +163,7 @@ class L0Loop:
         assert self._mean_l0 is not None
         answer = math.log(max(self._mean_l0, FEWEST))
         self._estimate = estimate_gain(self._estimate, self._pi.output, answer, batch, lag)
-        gains = self._gains._replace(proportional=self.proportional / self._estimate.gain)
+        gains = self._gains._replace(proportional=self._proportional / self._estimate.gain)
         # an error that will be gone within a lag at its present pace needs nothing more than what made it go
         self._slow_error = average(self._slow_error, self._error, keep_of(batch, SLOPE_OVER * lag))
         in_a_lag = self._error + (self._error - self._slow_error) / SLOPE_OVER
