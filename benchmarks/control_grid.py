@@ -1,4 +1,4 @@
-"""Does closed-loop control arrive? A grid of architectures x targets x data x wrong starts, one run and one JSON a cell.
+"""Does closed-loop control arrive? A grid: architectures x targets x data x wrong starts, one run and one JSON a cell.
 
     python benchmarks/control_grid.py --scratch /tmp/grid                          # everything, resumable
     python benchmarks/control_grid.py --scratch /tmp/grid --data planted --targets 8
@@ -136,12 +136,11 @@ def path_of(args: argparse.Namespace, cell: tuple[str, str, float, float]) -> Pa
 def table(found: list[dict[str, Any]]) -> str:
     """Every cell, the failing ones marked, and the worst figure of each column."""
     lines = ["| data | model | target | start x | L0 | error | RMS | settled | lowest | FVU | |", "|" + "---|" * 11]
-    for c in found:
-        lines.append(
-            f"| {c['data']} | {c['model']} | {c['target']:g} | {c['start']:g} | {c['l0']:.2f} | {c['l0_error']:+.1%} "
-            f"| {c['rms']:.1%} | {c['settled']:.0%} | {c['lowest']:.0%} | {c['fvu']:.4f} "
-            f"| {'' if passes(c) else 'misses'} |"
-        )
+    lines += [
+        f"| {c['data']} | {c['model']} | {c['target']:g} | {c['start']:g} | {c['l0']:.2f} | {c['l0_error']:+.1%} "
+        f"| {c['rms']:.1%} | {c['settled']:.0%} | {c['lowest']:.0%} | {c['fvu']:.4f} | {'' if passes(c) else 'misses'} |"
+        for c in found
+    ]
     worst = {
         "error": max(found, key=lambda c: abs(c["l0_error"])),
         "RMS": max(found, key=lambda c: c["rms"]),
