@@ -138,7 +138,8 @@ def table(found: list[dict[str, Any]]) -> str:
     lines = ["| data | model | target | start x | L0 | error | RMS | settled | lowest | FVU | |", "|" + "---|" * 11]
     lines += [
         f"| {c['data']} | {c['model']} | {c['target']:g} | {c['start']:g} | {c['l0']:.2f} | {c['l0_error']:+.1%} "
-        f"| {c['rms']:.1%} | {c['settled']:.0%} | {c['lowest']:.0%} | {c['fvu']:.4f} | {'' if passes(c) else 'misses'} |"
+        f"| {c['rms']:.1%} | {c['settled']:.0%} | {c['lowest']:.0%} | {c['fvu']:.4f} "
+        f"| {'' if passes(c) else 'misses'} |"
         for c in found
     ]
     worst = {
