@@ -10,10 +10,21 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from sparsepilot.callbacks.checkpoint import CrashSafeCheckpoint
 from sparsepilot.callbacks.steps import ended_optimizer_step
+from sparsepilot.parallel.agreement import any_rank
 from sparsepilot.run_folder import RunFolder
 from sparsepilot.training.module import TrainingModule
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def leave_signals_alone(trainer: L.Trainer) -> None:
+    """Keeps Lightning 2.6 from handling signals, which `StopAtStep` does.
+
+    On several ranks its handler broadcasts from within the handler, wherever the process stands, and before each
+    micro-batch its loop broadcasts a tensor and waits for the device.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 class StopAtStep(Checkpoint):
@@ -29,8 +40,8 @@ class StopAtStep(Checkpoint):
         self._asked = False
         self._before: dict[signal.Signals, Any] = {}
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes over the signals for as long as training lasts."""
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Takes over the signals for as long as training lasts; one that comes before the first step waits for it."""
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._handle)
 
@@ -46,7 +57,7 @@ class StopAtStep(Checkpoint):
         assert isinstance(pl_module, TrainingModule)
         if not ended_optimizer_step(trainer):
             return
-        if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+        if any_rank([self._asked])[0]:
             if self._checkpoint.saved_samples != pl_module.samples:
                 self._checkpoint.save(trainer, pl_module)
             self._restore()

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from sparsepilot import faults
 from sparsepilot.errors import CheckpointError, NonFiniteError
 from sparsepilot.ops.readback import Readback
+from sparsepilot.parallel.agreement import from_all
 from sparsepilot.training.trainee import Trainee
 from sparsepilot.training.validation import Row, Validation
 from sparsepilot.types import Batch
@@ -129,7 +130,7 @@ class TrainingModule(L.LightningModule):
         self.train_row = self._make_train_row(lr) if self._row_is_due() else None
         for _, trainee in self.each():
             trainee.advance(self.samples)
-            trainee.revive([batch.x_BD for batch in self._micro_batches], _inner(optimizer), self.samples)
+            trainee.revive(self._micro_batches, _inner(optimizer), self.samples)
         self._micro_batches.clear()
 
     def configure_optimizers(self) -> Optimizer:
@@ -193,7 +194,7 @@ class TrainingModule(L.LightningModule):
         raise NonFiniteError(f"a loss or gradient was not finite just before {where}")
 
     def _bad_rows(self) -> str:
-        """Which rows of this step's micro-batches hold NaN or infinity, or that the input is clean."""
+        """Which rows of this step's micro-batches, on any rank, hold NaN or infinity, or that the input is clean."""
         name_rows = getattr(self.trainer.train_dataloader, "cache_rows", None)
         found: list[str] = []
         for number, batch in enumerate(self._micro_batches):
@@ -202,6 +203,7 @@ class TrainingModule(L.LightningModule):
                 found += [f"cache row {row}" for row in name_rows(batch.first_sample, number, rows)]
             else:
                 found += [f"row {row} of micro-batch {number}" for row in rows]
+        found = [row for rows in from_all(found) for row in rows]
         if not found:
             return "every input row is finite, so the parameters or the learning rate are to blame"
         return "not finite in the input: " + ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
@@ -241,7 +243,7 @@ class TrainingModule(L.LightningModule):
         self.samples = saved["samples"]
         made_with = self._made_with()
         differing = [f"{k} was {v}, is {made_with[k]}" for k, v in saved["made_with"].items() if v != made_with[k]]
-        if differing:
+        if differing and self.trainer.is_global_zero:
             warnings.warn(
                 "resuming with the same order of data but not the same bits: " + "; ".join(differing), stacklevel=1
             )
