@@ -41,6 +41,7 @@ from sparsepilot.interop import dictionary
 from sparsepilot.interop.fold import fold
 from sparsepilot.parallel import agreement
 from sparsepilot.parallel.collectives import rank
+from sparsepilot.parallel.ddp import DataParallel
 from sparsepilot.process_memory import keep_freed_memory
 from sparsepilot.ranks import ranks_here
 from sparsepilot.reporting.environment import environment
@@ -250,6 +251,7 @@ def build_module(cfg: DictConfig, data: ActivationData) -> TrainingModule:
         total_samples=total_samples,
         clip_norm=cfg.clip_norm,
         log_every_steps=cfg.callbacks.log_every_steps,
+        reproducible=cfg.trainer.get("reproducible", False),
     )
 
 
@@ -282,7 +284,7 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Cons
         trainer = cast(
             L.Trainer,
             instantiate(
-                cfg.trainer,
+                {key: value for key, value in cfg.trainer.items() if key != "reproducible"},
                 callbacks=callbacks,
                 plugins=plugins,
                 logger=build_loggers(cfg, samples),
@@ -299,6 +301,8 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Cons
             ),
         )
     leave_signals_alone(trainer)
+    if isinstance(trainer.strategy, DataParallel):
+        trainer.strategy.reproducible = cfg.trainer.get("reproducible", False)
     return trainer
 
 

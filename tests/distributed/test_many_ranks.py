@@ -106,6 +106,27 @@ def assert_same_training(one: Run, many: Run, steps: int = STEPS) -> None:
                 assert b[key] == value, (key, a["step"])
 
 
+@pytest.mark.parametrize("case", ["topk", "batchtopk", "jumprelu", "resampling"])
+def test_reproducible_training_has_the_same_bits_on_any_number_of_ranks(lab: Lab, tmp_path: Path, case: str) -> None:
+    options = (*CASES[case], "trainer.reproducible=true", f"samples={20 * BATCH}")
+    one = lab.run(tmp_path / "one", 1, *options)
+    for world in (2, 4, 8) if case == "topk" else (4,):
+        many = lab.run(tmp_path / f"ranks{world}", world, *options)
+        for alone, *ranks in zip(one.ranks[0], *many.ranks, strict=True):
+            assert all(rank["digests"] == alone["digests"] for rank in ranks), (world, alone["step"])
+
+
+def test_gradients_in_bfloat16_train_nearly_as_well(lab: Lab, tmp_path: Path) -> None:
+    exact = lab.run(tmp_path / "exact", 2, *CASES["topk"])
+    rounded = lab.run(tmp_path / "rounded", 2, *CASES["topk"], "trainer.strategy.gradients=bfloat16")
+    for a, b in zip(*rounded.ranks, strict=True):
+        assert a["digests"] == b["digests"]
+    assert exact.ranks[0][0]["digests"] != rounded.ranks[0][0]["digests"]
+    losses = [[row["train/loss"] for row in run.rows if "train/loss" in row] for run in (exact, rounded)]
+    assert losses[0][0] == losses[1][0]  # the first forward pass: no gradient has been sent yet
+    assert losses[1][-1] == pytest.approx(losses[0][-1], rel=0.02)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_many_ranks_train_as_one(lab: Lab, tmp_path: Path, case: str) -> None:
     one = lab.run(tmp_path / "one", 1, *CASES[case])

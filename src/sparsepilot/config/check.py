@@ -162,7 +162,9 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
     for name, instead in OURS.items():
         if name in trainer:
             raise ConfigError(f"trainer.{name} = {trainer[name]!r}: this project sets that itself; use {instead}")
-    check_target("trainer", trainer)
+    check_target("trainer", {key: value for key, value in trainer.items() if key != "reproducible"})
+    if not isinstance(trainer.get("reproducible", False), bool):
+        raise ConfigError(f"trainer.reproducible = {trainer['reproducible']!r}: should be true or false")
     if str(trainer.get("precision", "32-true")) not in PRECISIONS:
         raise ConfigError(
             f"trainer.precision = {trainer['precision']!r}: should be one of {', '.join(PRECISIONS)}; parameters, "
@@ -249,5 +251,13 @@ def _check_relations(plain: dict[str, Any]) -> None:
             f"trainer.devices = {plain['trainer'].get('devices', 1)!r}: {world} ranks cannot share data.num_streams = "
             f"{streams} equally; so many can: {allowed}"
         )
+    if plain["trainer"].get("reproducible"):
+        if streams & (streams - 1):
+            raise ConfigError(f"data.num_streams = {streams}: trainer.reproducible needs a power of two")
+        if accumulate > 1:
+            raise ConfigError(
+                f"accumulate = {accumulate}: trainer.reproducible takes a step stream by stream already, {streams} of "
+                "them; set accumulate=1"
+            )
     if plain["samples"] < batch:
         raise ConfigError(f"samples = {plain['samples']}: the budget is less than one batch of {batch}")

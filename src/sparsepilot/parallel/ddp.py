@@ -13,6 +13,8 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future, collect_all
 from torch.nn.parallel import DistributedDataParallel
 
+from sparsepilot.parallel.collectives import add_pairwise
+
 ONE_PER_PARAMETER_MB = 1e-6
 
 
@@ -39,6 +41,8 @@ class DataParallel(DDPStrategy):
             bucket_cap_mb=ONE_PER_PARAMETER_MB,
         )
         self.gradients = gradients
+        self.reproducible = False
+        """gradients are added up in a fixed tree over ranks; `trainer.reproducible`"""
 
     def _setup_model(self, model: Any) -> DistributedDataParallel:
         with warnings.catch_warnings():
@@ -49,7 +53,8 @@ class DataParallel(DDPStrategy):
     def _register_ddp_hooks(self) -> None:
         """Lightning's own would only do so on CUDA."""
         assert isinstance(self.model, DistributedDataParallel)
-        self.model.register_comm_hook(None, _mean_in_bfloat16 if self.gradients == "bfloat16" else _mean)
+        hook = _mean_in_bfloat16 if self.gradients == "bfloat16" else _mean
+        self.model.register_comm_hook(None, _mean_by_tree if self.reproducible else hook)
 
 
 def _mean(state: object, bucket: GradBucket) -> Future[Tensor]:
@@ -62,6 +67,19 @@ def _mean(state: object, bucket: GradBucket) -> Future[Tensor]:
         return reduced
 
     return _reduced(gradients).then(mean)
+
+
+def _mean_by_tree(state: object, bucket: GradBucket) -> Future[Tensor]:
+    """The mean, added up by every rank in the same order: the traffic of a gather, and as many gradients in memory as
+    there are ranks, of one parameter at a time."""
+    for gradient in bucket.gradients():
+        parts = [torch.empty_like(gradient) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, gradient.contiguous())
+        gradient.copy_(add_pairwise(parts).div_(len(parts)))
+    buffer = bucket.buffer()
+    done: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
+    done.set_result(buffer)
+    return done
 
 
 def _mean_in_bfloat16(state: object, bucket: GradBucket) -> Future[Tensor]:

@@ -16,6 +16,7 @@ from sparsepilot import faults
 from sparsepilot.errors import CheckpointError, NonFiniteError
 from sparsepilot.ops.readback import Readback
 from sparsepilot.parallel.agreement import from_all
+from sparsepilot.training.streams import loss_stream_by_stream
 from sparsepilot.training.trainee import Trainee
 from sparsepilot.training.validation import Row, Validation
 from sparsepilot.types import Batch
@@ -37,6 +38,7 @@ class TrainingModule(L.LightningModule):
         batch: rows per optimizer step, over all ranks and micro-batches.
         total_samples: the budget.
         clip_norm: each trainee's gradient is scaled down to this norm; None leaves it.
+        reproducible: the same bits on 1, 2, 4, ... ranks (training/streams.py).
         log_every_steps: a row of training metrics every so many steps, and at each of the first 100 and the last.
     """
 
@@ -50,6 +52,7 @@ class TrainingModule(L.LightningModule):
         total_samples: int,
         clip_norm: float | None = None,
         log_every_steps: int = 50,
+        reproducible: bool = False,
     ) -> None:
         super().__init__()
         self.trainees = nn.ModuleDict(trainees)
@@ -60,6 +63,7 @@ class TrainingModule(L.LightningModule):
         self.total_samples = total_samples
         self.clip_norm = clip_norm
         self.log_every_steps = log_every_steps
+        self.reproducible = reproducible
         self.samples = 0
         """The clock: rows that the parameters have been trained on, over all ranks. A Python int, never a float."""
         self.train_row: Row | None = None
@@ -89,6 +93,8 @@ class TrainingModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch: the sum of the trainees' losses (they share no parameter)."""
         self._micro_batches.append(batch)
+        if self.reproducible:
+            return loss_stream_by_stream([trainee for _, trainee in self.each()], batch, self.samples + self.batch)
         losses = [trainee(batch.x_BD, self.samples + self.batch) for _, trainee in self.each()]
         return torch.stack(losses).sum()
 
@@ -130,8 +136,14 @@ class TrainingModule(L.LightningModule):
         self.train_row = self._make_train_row(lr) if self._row_is_due() else None
         for _, trainee in self.each():
             trainee.advance(self.samples)
-            trainee.revive(self._micro_batches, _inner(optimizer), self.samples)
+            trainee.revive(self._rows_to_measure(), _inner(optimizer), self.samples)
         self._micro_batches.clear()
+
+    def _rows_to_measure(self) -> list[Batch]:
+        """This step's rows, cut as the step has cut them."""
+        if not self.reproducible:
+            return self._micro_batches
+        return [Batch(x, b.first_sample) for b in self._micro_batches for x in b.x_BD.chunk(b.num_streams)]
 
     def configure_optimizers(self) -> Optimizer:
         """One optimizer; each trainee's parameters are groups of their own."""
@@ -257,6 +269,7 @@ class TrainingModule(L.LightningModule):
             "ranks": self.trainer.world_size,
             "accumulate": self.trainer.accumulate_grad_batches,
             "precision": str(self.trainer.precision),
+            "reproducible": str(self.reproducible),
             "paths": "; ".join(sorted({trainee.autoencoder.paths() for _, trainee in self.each()})),
         }
 
