@@ -1,8 +1,10 @@
-"""Ctrl-C, SIGTERM and SIGUSR1: finish the step, save, leave."""
+"""Ctrl-C, SIGTERM and SIGUSR1: finish the step, save, leave; after SIGUSR1 a Slurm job is queued again."""
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 from typing import Any
 
 import lightning as L
@@ -27,8 +29,27 @@ def leave_signals_alone(trainer: L.Trainer) -> None:
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
+def requeue() -> str:
+    """Has Slurm put this job back into its queue; says how that went. Slurm ends what is left of it."""
+    env = os.environ
+    job = env["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in env:
+        job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"job {job} could not be put back into the queue: {error}"
+    if done.returncode != 0:
+        return f"job {job} could not be put back into the queue: {' '.join(done.stderr.split())}"
+    return f"job {job} is back in the queue"
+
+
 class StopAtStep(Checkpoint):
     """A signal sets a flag; at the end of the step the ranks agree, save once and exit with status 0.
+
+    SIGUSR1 is what slurm/train.sbatch has Slurm send before the time limit: the job is put back into the queue, once
+    for all ranks, and goes on in its own run folder. SIGTERM comes from who wants it to end (or from Slurm, which then
+    puts it back by itself).
 
     Lightning's own handling saves inside the signal handler, in the middle of a step. A second Ctrl-C stops at once, as
     users expect.
@@ -37,7 +58,7 @@ class StopAtStep(Checkpoint):
     def __init__(self, checkpoint: CrashSafeCheckpoint, folder: RunFolder) -> None:
         self._checkpoint = checkpoint
         self._folder = folder
-        self._asked = False
+        self._asked = self._asked_later = False
         self._before: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -49,6 +70,7 @@ class StopAtStep(Checkpoint):
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._asked = True
+        self._asked_later |= number == signal.SIGUSR1
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -57,13 +79,16 @@ class StopAtStep(Checkpoint):
         assert isinstance(pl_module, TrainingModule)
         if not ended_optimizer_step(trainer):
             return
-        if any_rank([self._asked])[0]:
+        stop, later = any_rank([self._asked, self._asked_later])
+        if stop:
             if self._checkpoint.saved_samples != pl_module.samples:
                 self._checkpoint.save(trainer, pl_module)
             self._restore()
             if trainer.is_global_zero:
                 where = self._folder.path
                 print(f"stopped and saved at {pl_module.samples:,} samples; run_dir={where} goes on there", flush=True)
+                if later and "SLURM_JOB_ID" in os.environ:
+                    print(requeue(), flush=True)
             raise SystemExit(0)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -25,11 +25,18 @@ from sparsepilot.errors import ConfigError, RankError, SaidElsewhere, Sparsepilo
 from sparsepilot.process_memory import ask_for_huge_pages
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], ranks_alike: bool = False) -> None:
     """Runs a `@hydra.main` function, whose own body is `with user_errors():`.
 
     A rank that another process has started is given its configuration by it, and needs no Hydra.
+
+    Args:
+        main: the function.
+        ranks_alike: the processes that srun or torchrun has started beside this one do the same as it does; of a
+            mistake in what they were given one of them tells.
     """
+    if ranks_alike:
+        ranks.may_say.append(ranks.speaks_first)
     ask_for_huge_pages()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions to us instead of printing them
     register()

@@ -67,7 +67,7 @@ def loss_stream_by_stream(trainees: Sequence[Trainee], batch: Batch, samples: in
     for trainee, sums_S in zip(trainees, measured, strict=True):
         trainee.sums_S.copy_(sums_S)
     means = [gradient.div_(batch.num_streams) for gradient in gradients.total()]
-    given: Tensor = _Given.apply(total / batch.num_streams, means, *parameters)
+    given: Tensor = _Given.apply(total / batch.num_streams, means, *parameters)  # type: ignore[no-untyped-call]
     return given
 
 
@@ -80,5 +80,5 @@ class _Given(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         return (None, None, *(gradient * scale for gradient in ctx.gradients))
