@@ -10,7 +10,7 @@ from sparsepilot.launch import start_ranks
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     with user_errors():
-        if not start_ranks(cfg):
+        if not start_ranks(cfg, __file__):
             from sparsepilot.run import train  # after the configuration composed: a typo need not wait for torch
 
             train(cfg)

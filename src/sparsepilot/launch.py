@@ -43,8 +43,12 @@ class Handed(NamedTuple):
 handed: Handed | None = None
 
 
-def start_ranks(cfg: DictConfig) -> bool:
+def start_ranks(cfg: DictConfig, script: str) -> bool:
     """Trains with several ranks where `cfg` wants them and nobody has started them yet; False: train in this process.
+
+    Args:
+        cfg: composed.
+        script: the file that each rank runs.
 
     Raises:
         SystemExit: with the status of the first rank that did not end well.
@@ -60,7 +64,7 @@ def start_ranks(cfg: DictConfig) -> bool:
         return False
     overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    ended = _watch(_start(count, json.dumps({"config": config, "overrides": overrides})))
+    ended = _watch(_start(script, count, json.dumps({"config": config, "overrides": overrides})))
     if ended.said is not None:
         print(f"error: {ended.said}", file=sys.stderr)
     if ended.code != 0 or ended.stopped:
@@ -92,7 +96,7 @@ def _leave_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _start(count: int, told: str) -> list[subprocess.Popen[str]]:
+def _start(script: str, count: int, told: str) -> list[subprocess.Popen[str]]:
     shared = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
@@ -101,7 +105,7 @@ def _start(count: int, told: str) -> list[subprocess.Popen[str]]:
         "MASTER_PORT": str(_free_port()),
         LAUNCHED: "1",
     }
-    command = [sys.executable, *subprocess._args_from_interpreter_flags(), sys.argv[0]]  # type: ignore[attr-defined]
+    command = [sys.executable, *subprocess._args_from_interpreter_flags(), script]  # type: ignore[attr-defined]
     processes = []
     for rank in range(count):
         env = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}

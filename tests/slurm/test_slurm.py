@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -25,9 +26,8 @@ NEEDED = ("sbatch", "slurmctld", "slurmd", "munged", "runuser")
 MISSING = [name for name in NEEDED if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
 pytestmark = [
     pytest.mark.slow,  # real jobs; a requeued one waits for Slurm's own delay
-    pytest.mark.skipif(
-        bool(MISSING) or os.geteuid() != 0, reason=f"needs root, slurm-wlm and munge; not here: {MISSING}"
-    ),
+    pytest.mark.timeout(1500),  # ... and two minutes each; a second test process waits for the first one's cluster
+    pytest.mark.skipif(bool(MISSING) or os.geteuid() != 0, reason=f"needs root, slurm-wlm, munge; missing: {MISSING}"),
 ]
 STEPS = 400
 CLUSTER = str(ROOT / "tests" / "slurm" / "cluster.sh")
@@ -114,17 +114,19 @@ class Job:
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[Slurm]:
-    folder = Path(tempfile.mkdtemp(prefix="sparsepilot-slurm-"))  # not pytest's own: munge's user may not enter that
-    folder.chmod(0o755)
-    made = Slurm(folder)
-    try:
-        yield made
-    finally:
-        subprocess.run(["scancel", "--user=root"], env=made.env, check=False)
-        time.sleep(1)
-        subprocess.run([CLUSTER, "stop", str(folder / "slurm")], check=False, timeout=60)
-        time.sleep(1)
-        shutil.rmtree(folder, ignore_errors=True)
+    with open(Path(tempfile.gettempdir()) / "sparsepilot-slurm.lock", "w") as one_at_a_time:
+        fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+        folder = Path(tempfile.mkdtemp(prefix="sparsepilot-slurm-"))  # not pytest's: munge's user may not enter that
+        folder.chmod(0o755)
+        made = Slurm(folder)
+        try:
+            yield made
+        finally:
+            subprocess.run(["scancel", "--user=root"], env=made.env, check=False)
+            time.sleep(1)
+            subprocess.run([CLUSTER, "stop", str(folder / "slurm")], check=False, timeout=60)
+            time.sleep(1)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
