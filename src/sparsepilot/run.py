@@ -169,6 +169,8 @@ def prepare_process(cfg: DictConfig) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # Lightning 2.6 asks torch 2.13 about its tree type in the old way; nothing that a user could act on
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    # where Slurm is installed: ranks.py knows whether srun was used
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
     # a run that had ended and is started again has no batch left, a cache may have no validation rows
     warnings.filterwarnings("ignore", message="Total length of .* across ranks is zero")
 
