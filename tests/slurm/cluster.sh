@@ -21,7 +21,7 @@ start() {
     chown -R munge: "$folder/munge" /run/munge
     chmod 700 "$folder/munge"
     chmod 755 /run/munge
-    # 0: the folder may lie below one that others may write to, as /tmp is
+    # --force: the folder may lie below one that others may write to, as /tmp is
     runuser -u munge -- /usr/sbin/munged --force --key-file="$folder/munge/key" --seed-file="$folder/munge/seed" \
         --log-file="$folder/munge/log" --pid-file="$folder/munge/pid"
     cp "$folder/munge/pid" "$folder/munged.pid"
