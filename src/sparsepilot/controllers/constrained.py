@@ -15,7 +15,7 @@ from sparsepilot.controllers.laws import average, clamp, keep_of
 from sparsepilot.errors import ConfigError
 
 WAITING = 1e-3
-"""Strength while waiting, as a share of the initial one."""
+"""Strength while waiting, as a share of the model's coefficient."""
 FARTHEST = 1.0
 """Nats that the set point may be away from the L0 that there is."""
 HOPELESS_AFTER = 0.125
@@ -75,7 +75,7 @@ class Constrained(Controller):
         self.plant = plant
         self._set_point: float | None = None if plant.kind == "penalty" else plant.initial
         self.loop.bind(plant, plant.initial)
-        self._wait_strength = max(self.loop.lowest, WAITING * (self.loop.initial_strength or plant.initial))
+        self._wait_strength = max(self.loop.lowest, WAITING * plant.initial)
         self.strength = self.loop.strength
         if plant.kind == "penalty":
             self._rest()

@@ -16,8 +16,11 @@ COHERENT = 0.9
 """Share of the thresholds' motion in one direction from which on they count as running at their limit."""
 FEWEST = 1e-3
 """L0 that stands for none at all, where its logarithm is needed."""
-SMOOTH, SLOPE_OVER, RATIO_OVER, DRIFT_AFTER = 0.1, 0.5, 5.0, 20.0
+SMOOTH, SLOPE_OVER, RATIO_OVER, DRIFT_AFTER = 0.1, 0.5, 1.0, 20.0
 """In lags: averages of L0, of the error for its slope and for the ratio; and the drift's time, see `laws.Gains`."""
+BEGIN = 0.1
+"""Strength at the start, as a share of the model's own coefficient: one that is too weak costs a little time, one that is
+too strong costs latents."""
 COLLAPSING, BRAKE = -0.7, 5.0
 """Where L0 is lower than its set point by so many nats and still falling, latents are being lost:
 ln(strength) goes down by so many nats in a lag, whatever the gains."""
@@ -26,7 +29,7 @@ FADE_IN = 3.0
 RATE = 10.0
 """Nats that ln(strength) moves at most in a lag."""
 STATE = (
-    "strength", "_pi", "_estimate", "_mean_l0", "_mean_set_point", "_slow_error", "_settled_error", "_log_ratio",
+    "strength", "_pi", "_estimate", "_mean_l0", "_mean_set_point", "_slow_error", "_train_error", "_log_ratio",
     "_error", "_slewing", "_steps",
 )  # fmt: skip
 
@@ -56,7 +59,7 @@ class L0Loop:
     samples (docs/decisions/0013).
 
     Args:
-        initial_strength: of a penalty; None: the model's own coefficient.
+        initial_strength: of a penalty; None: 0.1 of the model's own coefficient. It may be wrong by 100 either way.
         lowest: of a penalty's strength.
         highest: of a penalty's strength.
         proportional: nats of ln(strength) per nat of error, for a plant whose L0 falls by one nat per nat.
@@ -84,7 +87,7 @@ class L0Loop:
         self.strength = set_point
         low, high = plant.low, plant.high
         if plant.kind == "penalty":
-            self.strength = float(self.initial_strength or plant.initial)
+            self.strength = self.initial_strength or BEGIN * plant.initial
             low, high = max(self.lowest, low), min(self.highest, high)
         if not low <= self.strength <= high:
             field = "controller.initial_strength" if self.initial_strength else "model.coefficient"
@@ -100,7 +103,7 @@ class L0Loop:
         self._mean_l0: float | None = None
         self._mean_set_point = set_point
         self._slow_error: float | None = None
-        self._settled_error: float | None = None
+        self._train_error: tuple[float | None, float | None] = (None, None)
         self._log_ratio: float | None = None
         self._error = 0.0
         self._slewing = False
@@ -140,9 +143,10 @@ class L0Loop:
         keep = keep_of(batch, SMOOTH * lag)
         self._mean_set_point = average(None if self._mean_l0 is None else self._mean_set_point, was, keep)
         self._mean_l0 = average(self._mean_l0, measured.l0, keep)
-        self._settled_error = average(
-            self._settled_error, math.log(max(measured.l0, FEWEST) / was), keep_of(batch, RATIO_OVER * lag)
-        )
+        # twice averaged, so that the lag of the one can be taken off by the other (Brown's double smoothing)
+        keep = keep_of(batch, RATIO_OVER * lag)
+        once = average(self._train_error[0], math.log(max(measured.l0, FEWEST) / was), keep)
+        self._train_error = (once, average(self._train_error[1], once, keep))
         self._error = math.log(max(self._mean_l0, FEWEST) * self.ratio / self._mean_set_point)
         if self.plant.kind == "k":
             self.strength = clamp(now / self.ratio, self._low, self._high)
@@ -188,9 +192,10 @@ class L0Loop:
     def observe(self, row: Mapping[str, object], now: float) -> None:
         """A validation's row; `now` is the set point that held when it was made."""
         l0 = row.get("val/l0")
-        if not isinstance(l0, float) or l0 <= 0 or self._settled_error is None:
+        once, twice = self._train_error
+        if not isinstance(l0, float) or l0 <= 0 or once is None or twice is None:
             return
-        seen = math.log(l0 / now) - self._settled_error  # batches are noisy: what they had lately, by the set point
+        seen = math.log(l0 / now) - (2 * once - twice)
         self._log_ratio = clamp(average(self._log_ratio, seen, 0.5), -0.5, 0.5)
 
     def readings(self) -> dict[str, float]:

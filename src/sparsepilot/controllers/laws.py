@@ -83,7 +83,8 @@ def pi_step(state: PI, error: float, samples: float, gains: Gains, hold: bool = 
     proportional = gains.proportional * clamp(error, -gains.largest_error, gains.largest_error)
     pressed = 0.0 if hold else proportional * samples / gains.integral_samples
     integral = state.integral + pressed + (0.0 if hold else state.drift * samples)
-    drift = state.drift + pressed / gains.drift_samples
+    learns = abs(error) <= SMALL  # on the way from afar the output moves for another reason than drift
+    drift = state.drift + (pressed / gains.drift_samples if learns else 0.0)
     wanted = proportional + integral
     reach = gains.rate * samples
     output = clamp(clamp(wanted, state.output - reach, state.output + reach), gains.low, gains.high)
@@ -92,11 +93,15 @@ def pi_step(state: PI, error: float, samples: float, gains: Gains, hold: bool = 
     return PI(output, clamp(integral, gains.low, gains.high), drift, proportional, output != wanted)
 
 
+SMALL = 0.25
+"""Largest error from which `pi_step` learns the drift."""
+
+
 class GainEstimate(NamedTuple):
     """How much ln L0 falls per nat of ln(strength), learned from what both have lately done together.
 
     Both are compared with their running averages, twice, so that neither a level nor a steady drift counts as an answer
-    of the plant. Without movement the estimate is 1.
+    of the plant. The estimate begins at 1 and changes only where the output moves.
     """
 
     gain: float = 1.0
@@ -133,8 +138,9 @@ def estimate_gain(state: GainEstimate, output: float, answer: float, samples: fl
     mean_u, mean_y = average(state.means[0], felt, keep), average(state.means[1], answer, keep)
     mean_du, mean_dy = average(state.means[2], felt - mean_u, keep), average(state.means[3], answer - mean_y, keep)
     du, dy = felt - mean_u - mean_du, answer - mean_y - mean_dy
-    covariance = average(state.covariance, du * dy, keep)
-    variance = average(state.variance, du * du, keep)
+    forget = (1 - keep) * du * du / (du * du + DOUBT)  # where nothing moves there is nothing to learn, and to forget
+    covariance = average(state.covariance, du * dy, 1 - forget)
+    variance = average(state.variance, du * du, 1 - forget)
     gain = (DOUBT - covariance) / (DOUBT + variance)
     return GainEstimate(clamp(gain, *GAIN_RANGE), felt, (mean_u, mean_y, mean_du, mean_dy), covariance, variance)
 
