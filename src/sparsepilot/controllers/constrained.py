@@ -86,10 +86,10 @@ class Constrained(Controller):
         self._said = False
 
     def update(self, measured: Measured | None, samples: int) -> float:
-        if measured is None:
+        if measured is None or not measured.tells:
             return self.strength
         waiting = samples < self.wait * self.plant.total_samples
-        if self.quality == "fvu":
+        if self.quality == "fvu" and math.isfinite(measured.fvu):
             over = self.loop.lag
             self._value = average(self._value, measured.fvu, keep_of(self.plant.batch, over))
             self._measured(math.log(max(self._value, 1e-12) / self._target()), self._value, samples)
@@ -108,8 +108,10 @@ class Constrained(Controller):
     def observe(self, row: Mapping[str, object], samples: int) -> dict[str, float]:
         if self._set_point is not None:
             self.loop.observe(row, self._set_point)
-        ce, clean, ablated = (row.get(f"val/{name}") for name in ("ce", "ce_clean", "ce_mean"))
-        if self.quality == "ce" and isinstance(ce, float) and isinstance(clean, float) and isinstance(ablated, float):
+        figures = [row.get(f"val/{name}") for name in ("ce", "ce_clean", "ce_mean")]
+        known = [figure for figure in figures if isinstance(figure, float) and math.isfinite(figure)]
+        if self.quality == "ce" and len(known) == len(figures):
+            ce, clean, ablated = known
             if self.ce_increase is not None:
                 self._wanted = clean + self.ce_increase
             elif self.ce_gap is not None:

@@ -87,11 +87,13 @@ class L0Loop:
         self.strength = set_point
         low, high = plant.low, plant.high
         if plant.kind == "penalty":
-            self.strength = self.initial_strength or BEGIN * plant.initial
+            self.strength = self.initial_strength or plant.initial
             low, high = max(self.lowest, low), min(self.highest, high)
         if not low <= self.strength <= high:
             field = "controller.initial_strength" if self.initial_strength else "model.coefficient"
             raise ConfigError(f"{field} = {self.strength:g}: should lie between {low:g} and {high:g}")
+        if plant.kind == "penalty" and not self.initial_strength:
+            self.strength = clamp(BEGIN * plant.initial, low, high)
         self._low, self._high = low, high
         self.lag = lag = self.lag_steps * plant.batch
         self._gains = Gains(
@@ -193,7 +195,7 @@ class L0Loop:
         """A validation's row; `now` is the set point that held when it was made."""
         l0 = row.get("val/l0")
         once, twice = self._train_error
-        if not isinstance(l0, float) or l0 <= 0 or once is None or twice is None:
+        if not isinstance(l0, float) or not 0 < l0 < math.inf or once is None or twice is None:
             return
         seen = math.log(l0 / now) - (2 * once - twice)
         self._log_ratio = clamp(average(self._log_ratio, seen, 0.5), -0.5, 0.5)

@@ -69,7 +69,7 @@ class L0Target(Controller):
         return float(self.plant.d_sae) if follows else set_point(breakpoints, 0.0)
 
     def update(self, measured: Measured | None, samples: int) -> float:
-        if measured is not None:
+        if measured is not None and measured.tells:
             was = self._set_point
             if self._given is None and self.plant.kind == "penalty" and self.loop.l0 is None:
                 was = max(measured.l0, self._target)  # the run starts here

@@ -69,7 +69,7 @@ class Pareto(Controller):
         return (self.plant.total_samples - self._since) / (len(self.targets) - self._at)
 
     def update(self, measured: Measured | None, samples: int) -> float:
-        if measured is None:
+        if measured is None or not measured.tells:
             return self.strength
         plant, target = self.plant, self.targets[self._at]
         was = max(measured.l0, target) if self._set_point is None else self._set_point
