@@ -222,7 +222,7 @@ class L0Loop:
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, and lists of them."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in self._state().items()}
+        return {name: _lists(getattr(self, name)) for name in STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
@@ -232,5 +232,7 @@ class L0Loop:
                 self, name, value if kind is None else kind(*(tuple(v) if isinstance(v, list) else v for v in value))
             )
 
-    def _state(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in STATE}
+
+def _lists(value: Any) -> Any:
+    """Tuples as lists, all the way down."""
+    return [_lists(part) for part in value] if isinstance(value, tuple | list) else value
