@@ -67,6 +67,8 @@ class Autoencoder(nn.Module, ABC):
     """Names of `Response.extras`."""
     measures: tuple[str, ...] = ()
     """Names of `Response.measures`, and of what `select` measures."""
+    integrates: bool = False
+    """Whether L0 goes on moving, at a pace, while the penalty is off its balance: thresholds under Adam do."""
     slew_nats_per_lr: float | None = None
     """How far ln L0 can fall in one step, per unit of learning rate, however strong the penalty; None: not known."""
     mean_in: Tensor

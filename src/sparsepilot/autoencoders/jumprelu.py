@@ -58,7 +58,7 @@ class JumpReLU(Penalised):
         super().__init__(blocks, d_sae, **common)
         self.coefficient = coefficient
         self.recipe = recipe
-        self.unit_decoder = recipe == "step"
+        self.unit_decoder = self.integrates = recipe == "step"
         narrow = 1e-3 * blocks.encoder_width**0.5
         self.bandwidth = bandwidth or (narrow if recipe == "step" else 2.0)
         self.threshold_lr_scale = threshold_lr_scale

@@ -224,10 +224,11 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
 def _check_controller(plain: dict[str, Any]) -> None:
     """What a controller needs of other groups; its `bind` says the rest once the model is there."""
     node, d_sae = plain["controller"], plain["model"].get("d_sae")
-    wants_ce = node["_target_"].endswith(".Constrained") and node.get("quality", "ce") == "ce"
+    wants_ce = node["_target_"].endswith(".Constrained") and node.get("quality") != "fvu"
     if wants_ce and plain["cross_entropy"] is None:
         raise ConfigError(
-            "controller.quality = ce: is not measured; set cross_entropy=spliced, or controller.quality=fvu"
+            f"controller.quality = {node['quality']}: is not measured; set cross_entropy=spliced, or "
+            "controller.quality=fvu"
         )
     targets = [node.get("target_l0"), *(node.get("targets") or [])]
     for target in targets:

@@ -24,6 +24,8 @@ class Plant(NamedTuple):
     batch: int
     """samples between two control actions"""
     total_samples: int
+    integrates: bool = False
+    """whether L0 goes on moving for as long as the penalty is off its balance, instead of following it after a lag"""
     slew: Callable[[int], float] | None = None
     """clock -> how fast ln L0 can fall there at most, in nats per sample; None: no limit is known"""
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Unpack
 from pydantic import Field, PositiveFloat
 
 from sparsepilot.controllers.base import Controller, Measured, Plant
-from sparsepilot.controllers.l0_loop import FEWEST, L0Loop, LoopSettings
+from sparsepilot.controllers.l0_loop import FEWEST, L0Loop, LoopSettings, lowest_l0
 from sparsepilot.controllers.laws import average, clamp, keep_of
 from sparsepilot.errors import ConfigError
 
@@ -34,11 +34,10 @@ class Constrained(Controller):
     It moves only when a new measurement has arrived, by the samples since the last.
 
     Args:
-        quality: `ce`, the language model's cross-entropy on held-out text (needs cross_entropy=spliced, best measured
-            often), or `fvu`, of the training batches.
-        target: the quality itself, in nats per token or as a share of the variance.
-        ce_increase: instead: nats per token above the clean model.
-        ce_gap: instead: share of the gap between the clean and the mean-ablated model.
+        quality: what must not get worse: `fvu` of the training batches; or of the language model on held-out text
+            (cross_entropy=spliced, best measured often) `ce`, its cross-entropy in nats per token, `ce_increase`, the
+            same above the clean model's, or `ce_gap`, that increase as a share of the mean-ablated model's.
+        target: what it may be at most.
         wait: share of the budget for which a penalty stays near 0, a k where it starts.
         climb: nats of ln L0* per 1% of the budget, towards sparser.
         recover: the same, towards denser.
@@ -47,27 +46,18 @@ class Constrained(Controller):
 
     def __init__(
         self,
-        quality: Literal["ce", "fvu"] = "ce",
-        target: PositiveFloat | None = None,
-        ce_increase: PositiveFloat | None = None,
-        ce_gap: Annotated[float, Field(gt=0, lt=1)] | None = None,
+        quality: Literal["fvu", "ce", "ce_increase", "ce_gap"],
+        target: PositiveFloat,
         wait: Annotated[float, Field(ge=0, lt=1)] = 0.125,
         climb: PositiveFloat = 0.3,
         recover: PositiveFloat = 1.2,
         **loop: Unpack[LoopSettings],
     ) -> None:
-        given = {"target": target, "ce_increase": ce_increase, "ce_gap": ce_gap}
-        named = [name for name, value in given.items() if value is not None]
-        if len(named) != 1:
-            raise ConfigError(
-                f"controller: {' and '.join(named) or 'nothing'} given; name one quality: controller.target, "
-                "controller.ce_increase (nats above the clean model) or controller.ce_gap (share of clean to ablated)"
-            )
-        if quality == "fvu" and target is None:
-            raise ConfigError(f"controller.{named[0]}: is of cross-entropy; with quality=fvu set controller.target")
+        if quality == "ce_gap" and target >= 1:
+            raise ConfigError(f"controller.target = {target:g}: a ce_gap is a share, below 1, of clean to mean-ablated")
         if recover < climb:
             raise ConfigError(f"controller.recover = {recover:g}: at least controller.climb = {climb:g} is needed")
-        self.quality, self.target, self.ce_increase, self.ce_gap = quality, target, ce_increase, ce_gap
+        self.quality, self.target = quality, target
         self.wait, self.climb, self.recover = wait, climb, recover
         self.loop = L0Loop(**loop)
 
@@ -80,7 +70,7 @@ class Constrained(Controller):
         if plant.kind == "penalty":
             self._rest()
         self._value: float | None = None
-        self._wanted: float | None = self.target
+        self._wanted: float | None = self.target if self.quality in ("fvu", "ce") else None
         self._moved_at = 0
         self._best: float | None = None
         self._said = False
@@ -110,12 +100,10 @@ class Constrained(Controller):
             self.loop.observe(row, self._set_point)
         figures = [row.get(f"val/{name}") for name in ("ce", "ce_clean", "ce_mean")]
         known = [figure for figure in figures if isinstance(figure, float) and math.isfinite(figure)]
-        if self.quality == "ce" and len(known) == len(figures):
+        if self.quality != "fvu" and len(known) == len(figures):
             ce, clean, ablated = known
-            if self.ce_increase is not None:
-                self._wanted = clean + self.ce_increase
-            elif self.ce_gap is not None:
-                self._wanted = clean + self.ce_gap * (ablated - clean)
+            if self.quality != "ce":
+                self._wanted = clean + self.target * (1.0 if self.quality == "ce_increase" else ablated - clean)
             self._value = ce
             allowed = self._target() - clean
             if allowed <= 0:
@@ -145,11 +133,13 @@ class Constrained(Controller):
         if self.loop.l0:
             here = math.log(max(self.loop.l0, FEWEST))
             wanted = clamp(wanted, here - FARTHEST, here + FARTHEST)
-        self._set_point = clamp(math.exp(wanted), self.loop.lowest_l0, self.plant.d_sae)
+        self._set_point = clamp(math.exp(wanted), lowest_l0(self.plant), self.plant.d_sae)
 
     def _warn(self, why: str) -> None:
         if not self._said:
-            warnings.warn(f"controller: the target {self.quality} of {self._target():.4g} {why}", stacklevel=1)
+            warnings.warn(
+                f"controller.target = {self.target:g} ({self.quality}), here {self._target():.4g}, {why}", stacklevel=1
+            )
             self._said = True
 
     def disturb(self, factor: float) -> None:

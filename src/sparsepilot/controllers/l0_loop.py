@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from pydantic import PositiveFloat
 
-from sparsepilot.controllers.base import Measured, Plant
+from sparsepilot.controllers.base import KNOB_FIELDS, Measured, Plant
 from sparsepilot.controllers.laws import PI, GainEstimate, Gains, average, clamp, estimate_gain, keep_of, pi_step
 from sparsepilot.errors import ConfigError
 
@@ -16,11 +16,13 @@ COHERENT = 0.9
 """Share of the thresholds' motion in one direction from which on they count as running at their limit."""
 FEWEST = 1e-3
 """L0 that stands for none at all, where its logarithm is needed."""
-SMOOTH, SLOPE_OVER, RATIO_OVER, DRIFT_AFTER = 0.1, 0.5, 1.0, 20.0
-"""In lags: averages of L0, of the error for its slope and for the ratio; and the drift's time, see `laws.Gains`."""
+SMOOTH, SLOPE_OVER, RATIO_OVER = 0.1, 0.5, 1.0
+"""In lags: averages of L0, of the error for its slope and for the ratio."""
+FOLLOWING, INTEGRATING = (1.0, 1.0, 20.0), (6.0, 10.0, math.inf)
+"""Factor of the proportional gain; integral and drift times in lags. A plant that integrates already wants mostly P."""
 BEGIN = 0.1
-"""Strength at the start, as a share of the model's own coefficient: one that is too weak costs a little time, one that is
-too strong costs latents."""
+"""Strength at the start, as a share of the model's own coefficient: one that is too weak costs a little time, one that
+is too strong costs latents."""
 COLLAPSING, BRAKE = -0.7, 5.0
 """Where L0 is lower than its set point by so many nats and still falling, latents are being lost:
 ln(strength) goes down by so many nats in a lag, whatever the gains."""
@@ -32,6 +34,11 @@ STATE = (
     "strength", "_pi", "_estimate", "_mean_l0", "_mean_set_point", "_slow_error", "_train_error", "_log_ratio",
     "_error", "_slewing", "_steps",
 )  # fmt: skip
+
+
+def lowest_l0(plant: Plant) -> float:
+    """The least L0 that may be asked of what is steered."""
+    return plant.low if plant.kind == "k" else FEWEST
 
 
 class LoopSettings(TypedDict, total=False):
@@ -90,15 +97,17 @@ class L0Loop:
             self.strength = self.initial_strength or plant.initial
             low, high = max(self.lowest, low), min(self.highest, high)
         if not low <= self.strength <= high:
-            field = "controller.initial_strength" if self.initial_strength else "model.coefficient"
+            field = "controller.initial_strength" if self.initial_strength else KNOB_FIELDS[plant.kind]
             raise ConfigError(f"{field} = {self.strength:g}: should lie between {low:g} and {high:g}")
         if plant.kind == "penalty" and not self.initial_strength:
             self.strength = clamp(BEGIN * plant.initial, low, high)
         self._low, self._high = low, high
         self.lag = lag = self.lag_steps * plant.batch
+        stronger, slower, drift_after = INTEGRATING if plant.integrates else FOLLOWING
+        self._proportional = stronger * self.proportional
         self._gains = Gains(
-            self.proportional, lag, DRIFT_AFTER * lag, 1.0, RATE / lag, math.log(low), math.log(high)
-        )  # fmt: skip
+            self._proportional, slower * lag, drift_after * lag, 1.0, RATE / lag, math.log(low), math.log(high)
+        )
         u = math.log(self.strength)
         self._pi = PI(u, u)
         self._estimate = GainEstimate()
@@ -112,11 +121,6 @@ class L0Loop:
         self._steps = 0
         if plant.kind == "penalty":
             self.strength = self._faded_in()
-
-    @property
-    def lowest_l0(self) -> float:
-        """The least L0 that may be asked of what is steered."""
-        return self.plant.low if self.plant.kind == "k" else FEWEST
 
     @property
     def ratio(self) -> float:
@@ -161,7 +165,7 @@ class L0Loop:
         assert self._mean_l0 is not None
         answer = math.log(max(self._mean_l0, FEWEST))
         self._estimate = estimate_gain(self._estimate, self._pi.output, answer, batch, lag)
-        gains = self._gains._replace(proportional=self.proportional / self._estimate.gain)
+        gains = self._gains._replace(proportional=self._proportional / self._estimate.gain)
         # an error that will be gone within a lag at its present pace needs nothing more than what made it go
         self._slow_error = average(self._slow_error, self._error, keep_of(batch, SLOPE_OVER * lag))
         in_a_lag = self._error + (self._error - self._slow_error) / SLOPE_OVER
@@ -226,13 +230,14 @@ class L0Loop:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        for name, value in state.items():
-            kind = {"_pi": PI, "_estimate": GainEstimate}.get(name)
-            setattr(
-                self, name, value if kind is None else kind(*(tuple(v) if isinstance(v, list) else v for v in value))
-            )
+        for name in STATE:
+            setattr(self, name, _tuples(state[name]))
+        self._pi, self._estimate = PI(*self._pi), GainEstimate(*self._estimate)
 
 
 def _lists(value: Any) -> Any:
-    """Tuples as lists, all the way down."""
-    return [_lists(part) for part in value] if isinstance(value, tuple | list) else value
+    return [_lists(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value

@@ -115,7 +115,7 @@ class Trainee(nn.Module):
         known = lr_at is not None and nats_per_lr is not None
         return Plant(
             knob.kind, knob.initial, knob.low, knob.high, self.autoencoder.d_sae, self.batch, self.total_samples,
-            slew if known else None,
+            self.autoencoder.integrates, slew if known else None,
         )  # fmt: skip
 
     def forward(self, x_BD: Tensor, samples: int) -> Tensor:

@@ -87,15 +87,15 @@ def test_fvu_ends_within_1_percent_of_its_target(plant: Simulated, power: float,
 
 @closing
 @given(
-    plants, st.floats(0.4, 0.8), st.floats(12, 100), st.sampled_from(["target", "ce_increase", "ce_gap"]),
+    plants, st.floats(0.4, 0.8), st.floats(12, 100), st.sampled_from(["ce", "ce_increase", "ce_gap"]),
     st.sampled_from([12, 50, 100]),
 )  # fmt: skip
 def test_cross_entropy_ends_within_1_percent_below_its_target_or_2_standard_errors(
     plant: Simulated, power: float, l0: float, named: str, every: int
 ) -> None:
     target = ce_at(l0, power, 1)
-    value = {"target": target, "ce_increase": target - CLEAN, "ce_gap": (target - CLEAN) / (ABLATED - CLEAN)}[named]
-    controller = bound(plant, **{named: value})
+    value = {"ce": target, "ce_increase": target - CLEAN, "ce_gap": (target - CLEAN) / (ABLATED - CLEAN)}[named]
+    controller = bound(plant, quality=named, target=value)
     _, ces = run(controller, plant, power, every)
     last = ces[-STEPS // 3 :]
     assert 0.99 * target <= sum(last) / len(last) <= target + 2 * SE
@@ -126,17 +126,17 @@ def moved(controller: Constrained, ce: float, samples: int) -> float:
 
 def test_it_moves_at_a_measurement_alone_by_the_samples_since_the_last() -> None:
     start = 2000 * BATCH
-    controller = ready(ce_increase=0.1)
+    controller = ready(quality="ce_increase", target=0.1)
     for n in range(1, 50):
         controller.update(Measured(32.0, fvu=0.9), start + n * BATCH)
         controller.observe({"val/l0": 32.0}, start + n * BATCH)  # a row without cross-entropy is no measurement of it
     assert controller.strength == controller._set_point == 32
-    few = moved(ready(ce_increase=0.1), CLEAN + 0.09, start + 10 * BATCH)
-    many = moved(ready(ce_increase=0.1), CLEAN + 0.09, start + 40 * BATCH)
+    few = moved(ready(quality="ce_increase", target=0.1), CLEAN + 0.09, start + 10 * BATCH)
+    many = moved(ready(quality="ce_increase", target=0.1), CLEAN + 0.09, start + 40 * BATCH)
     assert few < 0
     assert many == pytest.approx(4 * few)
     # the sum of two measurements is one of both spans, and the same moment counts once
-    twice = ready(ce_increase=0.1)
+    twice = ready(quality="ce_increase", target=0.1)
     parts = [moved(twice, CLEAN + 0.09, start + n * BATCH) for n in (10, 40, 40)]
     assert parts[2] == 0
     assert sum(parts) == pytest.approx(many)
@@ -144,15 +144,15 @@ def test_it_moves_at_a_measurement_alone_by_the_samples_since_the_last() -> None
 
 def test_it_recovers_faster_than_it_climbs_at_the_rates_that_the_user_names() -> None:
     start, span = 2000 * BATCH, 12 * BATCH  # 0.2% of the budget
-    worse = moved(ready(ce_increase=0.1, climb=0.2, recover=1.0), CLEAN + 0.1 * math.e**2, start + span)
-    better = moved(ready(ce_increase=0.1, climb=0.2, recover=1.0), CLEAN + 0.1 / math.e**2, start + span)
+    worse = moved(ready(quality="ce_increase", target=0.1, climb=0.2, recover=1.0), CLEAN + 0.1 * math.e**2, start + span)
+    better = moved(ready(quality="ce_increase", target=0.1, climb=0.2, recover=1.0), CLEAN + 0.1 / math.e**2, start + span)
     assert worse == pytest.approx(0.2 * 1.0)
     assert better == pytest.approx(-0.2 * 0.2)
-    assert moved(ready(ce_increase=0.1), CLEAN - 0.02, start + span) < 0  # better than the clean model: room to climb
+    assert moved(ready(quality="ce_increase", target=0.1), CLEAN - 0.02, start + span) < 0  # better than the clean model: room to climb
 
 
 def test_the_set_point_never_runs_more_than_a_nat_ahead_of_l0_and_ends_at_what_there_is() -> None:
-    controller = ready(ce_increase=0.1)
+    controller = ready(quality="ce_increase", target=0.1)
     for n in range(1, 200):
         controller.observe(row(ABLATED), (2000 + 20 * n) * BATCH)
     assert controller._set_point == pytest.approx(32 * math.e)
@@ -177,9 +177,12 @@ def test_a_penalty_rests_through_the_wait_and_is_let_go_afterwards() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ce_increase": 1e-4}, r"target ce of 2.8 is not met by any L0 so far; the best value seen is 2\.8[0-9]+"),
-        ({"target": 2.7}, r"target ce of 2\.7 lies below the clean model's own 2\.8"),
-        ({"quality": "fvu", "target": 0.002}, r"target fvu of 0\.002 is not met by any L0 .* seen is 0\.0[0-9]+"),
+        (
+            {"quality": "ce_increase", "target": 1e-4},
+            r"= 0\.0001 \(ce_increase\), here 2\.8, is not met by any L0 so far; the best value seen is 2\.8[0-9]+",
+            ),
+        ({"quality": "ce", "target": 2.7}, r"= 2\.7 \(ce\), here 2\.7, lies below the clean model's own 2\.8"),
+        ({"quality": "fvu", "target": 0.002}, r"= 0\.002 \(fvu\), here 0\.002, is not met .* seen is 0\.0[0-9]+"),
     ],
 )
 def test_a_target_that_no_l0_meets_is_said_once_with_the_best_value_seen(
@@ -201,10 +204,9 @@ def test_a_target_that_no_l0_meets_is_said_once_with_the_best_value_seen(
         assert float(text.rsplit(" ", 1)[1]) == pytest.approx(best, rel=0.01)
 
 
-@pytest.mark.parametrize("quality", ["ce", "fvu"])
+@pytest.mark.parametrize("quality", ["ce_increase", "fvu"])
 def test_a_measurement_that_is_not_finite_moves_nothing(quality: str) -> None:
-    named = {"target": 0.2} if quality == "fvu" else {"ce_increase": 0.1}
-    controller = ready(quality=quality, **named)
+    controller = ready(quality=quality, target=0.2 if quality == "fvu" else 0.1)
     controller.update(Measured(32.0, fvu=0.2), 2001 * BATCH)
     before = controller._set_point
     for n in range(2, 40):

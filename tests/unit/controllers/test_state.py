@@ -28,7 +28,7 @@ MAKERS: dict[str, Callable[[], Controller]] = {
     "ramp": lambda: Ramp(start=0.5, shape="cosine"),
     "l0_target": lambda: L0Target(target_l0=32.0),
     "l0_target reference": lambda: L0Target(trajectory=[[0.0, 1000.0], [0.5, 64.0], [1.0, 32.0]]),
-    "constrained ce": lambda: Constrained(ce_gap=0.2),
+    "constrained ce": lambda: Constrained(quality="ce_gap", target=0.2),
     "constrained fvu": lambda: Constrained(quality="fvu", target=0.2),
     "pareto": lambda: Pareto(targets=[128.0, 64.0, 32.0], hold=0.5),
 }
@@ -72,7 +72,7 @@ def leaves(value: Any) -> list[Any]:
 @pytest.mark.parametrize("name", MAKERS)
 @settings(derandomize=True, deadline=None, max_examples=12, phases=[Phase.generate])
 @given(st.integers(0, STEPS - 1))
-@pytest.mark.filterwarnings("ignore:controller. the target")  # of these plants some meet theirs, some do not
+@pytest.mark.filterwarnings("ignore:controller.target")  # of these plants some meet theirs, some do not
 def test_a_cut_anywhere_changes_no_bit(name: str, kind: str, cut: int) -> None:
     whole, plant = make(name, kind), Simulated(noise=0.02, slew=0.1)
     *_, pending = go_on(whole, plant, None, 0, cut)

@@ -90,13 +90,14 @@ def test_accumulation_equals_one_big_batch(train_tiny, tmp_path: Path) -> None:
 
 
 def test_the_controller_sees_the_step_before_once_per_optimizer_step(train_tiny, tmp_path, monkeypatch) -> None:
+    from sparsepilot.controllers.base import Measured
     from sparsepilot.controllers.constant import Constant
 
     seen: list[tuple[float | None, int]] = []
     original = Constant.update
 
-    def update(self: Constant, measured: float | None, samples: int) -> float:
-        seen.append((measured, samples))
+    def update(self: Constant, measured: Measured | None, samples: int) -> float:
+        seen.append((measured and measured.l0, samples))
         return original(self, measured, samples)
 
     monkeypatch.setattr(Constant, "update", update)
