@@ -38,6 +38,11 @@ class Measured(NamedTuple):
     coherence: float = 0.0
     """share of the thresholds' motion that goes one way, from 0 to 1: at 1 they run as fast as they can"""
 
+    @property
+    def tells(self) -> bool:
+        """Whether a law may act on it: a NaN would stay in its averages for good."""
+        return math.isfinite(self.l0)
+
 
 class Controller(ABC):
     """Turns the knob of one autoencoder.

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Unpack
 from pydantic import Field, PositiveFloat
 
 from sparsepilot.controllers.base import Controller, Measured, Plant
-from sparsepilot.controllers.l0_loop import FEWEST, L0Loop, LoopSettings
+from sparsepilot.controllers.l0_loop import FEWEST, L0Loop, LoopSettings, lowest_l0
 from sparsepilot.controllers.laws import average, clamp, keep_of
 from sparsepilot.errors import ConfigError
 
@@ -76,10 +76,10 @@ class Constrained(Controller):
         self._said = False
 
     def update(self, measured: Measured | None, samples: int) -> float:
-        if measured is None:
+        if measured is None or not measured.tells:
             return self.strength
         waiting = samples < self.wait * self.plant.total_samples
-        if self.quality == "fvu":
+        if self.quality == "fvu" and math.isfinite(measured.fvu):
             over = self.loop.lag
             self._value = average(self._value, measured.fvu, keep_of(self.plant.batch, over))
             self._measured(math.log(max(self._value, 1e-12) / self._target()), self._value, samples)
@@ -98,8 +98,10 @@ class Constrained(Controller):
     def observe(self, row: Mapping[str, object], samples: int) -> dict[str, float]:
         if self._set_point is not None:
             self.loop.observe(row, self._set_point)
-        ce, clean, ablated = (row.get(f"val/{name}") for name in ("ce", "ce_clean", "ce_mean"))
-        if self.quality != "fvu" and isinstance(ce, float) and isinstance(clean, float) and isinstance(ablated, float):
+        figures = [row.get(f"val/{name}") for name in ("ce", "ce_clean", "ce_mean")]
+        known = [figure for figure in figures if isinstance(figure, float) and math.isfinite(figure)]
+        if self.quality != "fvu" and len(known) == len(figures):
+            ce, clean, ablated = known
             if self.quality != "ce":
                 self._wanted = clean + self.target * (1.0 if self.quality == "ce_increase" else ablated - clean)
             self._value = ce
@@ -131,7 +133,7 @@ class Constrained(Controller):
         if self.loop.l0:
             here = math.log(max(self.loop.l0, FEWEST))
             wanted = clamp(wanted, here - FARTHEST, here + FARTHEST)
-        self._set_point = clamp(math.exp(wanted), self.loop.lowest_l0, self.plant.d_sae)
+        self._set_point = clamp(math.exp(wanted), lowest_l0(self.plant), self.plant.d_sae)
 
     def _warn(self, why: str) -> None:
         if not self._said:

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from pydantic import PositiveFloat
 
-from sparsepilot.controllers.base import Measured, Plant
+from sparsepilot.controllers.base import KNOB_FIELDS, Measured, Plant
 from sparsepilot.controllers.laws import PI, GainEstimate, Gains, average, clamp, estimate_gain, keep_of, pi_step
 from sparsepilot.errors import ConfigError
 
@@ -34,6 +34,11 @@ STATE = (
     "strength", "_pi", "_estimate", "_mean_l0", "_mean_set_point", "_slow_error", "_train_error", "_log_ratio",
     "_error", "_slewing", "_steps",
 )  # fmt: skip
+
+
+def lowest_l0(plant: Plant) -> float:
+    """The least L0 that may be asked of what is steered."""
+    return plant.low if plant.kind == "k" else FEWEST
 
 
 class LoopSettings(TypedDict, total=False):
@@ -89,11 +94,13 @@ class L0Loop:
         self.strength = set_point
         low, high = plant.low, plant.high
         if plant.kind == "penalty":
-            self.strength = self.initial_strength or BEGIN * plant.initial
+            self.strength = self.initial_strength or plant.initial
             low, high = max(self.lowest, low), min(self.highest, high)
         if not low <= self.strength <= high:
-            field = "controller.initial_strength" if self.initial_strength else "model.coefficient"
+            field = "controller.initial_strength" if self.initial_strength else KNOB_FIELDS[plant.kind]
             raise ConfigError(f"{field} = {self.strength:g}: should lie between {low:g} and {high:g}")
+        if plant.kind == "penalty" and not self.initial_strength:
+            self.strength = clamp(BEGIN * plant.initial, low, high)
         self._low, self._high = low, high
         self.lag = lag = self.lag_steps * plant.batch
         stronger, slower, drift_after = INTEGRATING if plant.integrates else FOLLOWING
@@ -114,11 +121,6 @@ class L0Loop:
         self._steps = 0
         if plant.kind == "penalty":
             self.strength = self._faded_in()
-
-    @property
-    def lowest_l0(self) -> float:
-        """The least L0 that may be asked of what is steered."""
-        return self.plant.low if self.plant.kind == "k" else FEWEST
 
     @property
     def ratio(self) -> float:
@@ -197,7 +199,7 @@ class L0Loop:
         """A validation's row; `now` is the set point that held when it was made."""
         l0 = row.get("val/l0")
         once, twice = self._train_error
-        if not isinstance(l0, float) or l0 <= 0 or once is None or twice is None:
+        if not isinstance(l0, float) or not 0 < l0 < math.inf or once is None or twice is None:
             return
         seen = math.log(l0 / now) - (2 * once - twice)
         self._log_ratio = clamp(average(self._log_ratio, seen, 0.5), -0.5, 0.5)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Unpack
 from pydantic import Field, PositiveFloat
 
 from sparsepilot.controllers.base import Controller, Measured, Plant
-from sparsepilot.controllers.l0_loop import L0Loop, LoopSettings
+from sparsepilot.controllers.l0_loop import L0Loop, LoopSettings, lowest_l0
 from sparsepilot.controllers.trajectory import (
     REFERENCE,
     Breakpoints,
@@ -58,18 +58,18 @@ class L0Target(Controller):
         field, breakpoints = "controller.trajectory", self._given
         if breakpoints is None:
             field, breakpoints = "controller.target_l0", [(self.reach, self._target)]
+        check_breakpoints(field, breakpoints, lowest_l0(plant), plant.d_sae)
+        refuse_too_steep(field, breakpoints, plant)
         self._set_point = self._begins_at(breakpoints)
         self.loop.bind(plant, self._set_point)
         self.strength = self.loop.strength
-        check_breakpoints(field, breakpoints, self.loop.lowest_l0, plant.d_sae)
-        refuse_too_steep(field, breakpoints, plant)
 
     def _begins_at(self, breakpoints: Breakpoints) -> float:
         follows = self._given is None and self.plant.kind == "penalty"
         return float(self.plant.d_sae) if follows else set_point(breakpoints, 0.0)
 
     def update(self, measured: Measured | None, samples: int) -> float:
-        if measured is not None:
+        if measured is not None and measured.tells:
             was = self._set_point
             if self._given is None and self.plant.kind == "penalty" and self.loop.l0 is None:
                 was = max(measured.l0, self._target)  # the run starts here

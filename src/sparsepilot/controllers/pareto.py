@@ -9,7 +9,7 @@ from typing import Annotated, Any, Unpack
 from pydantic import Field, PositiveFloat
 
 from sparsepilot.controllers.base import Controller, Measured, Plant
-from sparsepilot.controllers.l0_loop import L0Loop, LoopSettings
+from sparsepilot.controllers.l0_loop import L0Loop, LoopSettings, lowest_l0
 from sparsepilot.controllers.laws import average, keep_of
 from sparsepilot.controllers.trajectory import check_breakpoints, glide, refuse_too_steep
 from sparsepilot.errors import ConfigError
@@ -52,10 +52,10 @@ class Pareto(Controller):
         self._asked = False
         self._set_point: float | None = self.targets[0] if plant.kind == "k" else None
         self._mean_error: float | None = None
+        for target in (self.targets[0], self.targets[-1]):
+            check_breakpoints("controller.targets", [(0.0, target)], lowest_l0(plant), plant.d_sae)
         self.loop.bind(plant, self.targets[0])
         self.strength = self.loop.strength
-        check_breakpoints("controller.targets", [(0.0, self.targets[0])], self.loop.lowest_l0, plant.d_sae)
-        check_breakpoints("controller.targets", [(0.0, self.targets[-1])], self.loop.lowest_l0, plant.d_sae)
         share = 1.0 / len(self.targets)
         for i, (above, below) in enumerate(zip(self.targets, self.targets[1:], strict=False), start=1):
             refuse_too_steep("controller.targets", [(i * share, above), ((i + self.travel) * share, below)], plant)
@@ -69,7 +69,7 @@ class Pareto(Controller):
         return (self.plant.total_samples - self._since) / (len(self.targets) - self._at)
 
     def update(self, measured: Measured | None, samples: int) -> float:
-        if measured is None:
+        if measured is None or not measured.tells:
             return self.strength
         plant, target = self.plant, self.targets[self._at]
         was = max(measured.l0, target) if self._set_point is None else self._set_point

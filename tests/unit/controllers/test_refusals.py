@@ -1,0 +1,94 @@
+"""What a controller cannot do, it says in one line before training starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sparsepilot.errors import ConfigError
+
+PENALTY, FVU = ("model=relu",), ("controller=constrained", "controller.quality=fvu", "controller.target=0.1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("controller=l0_target", "controller.target_l0=65"),
+            "controller.target_l0: an L0 of 65 is wanted; there are model.d_sae = 64 latents",
+        ),
+        (
+            ("controller=pareto", "controller.targets=[65,3]"),
+            "controller.targets: an L0 of 65 is wanted; there are model.d_sae = 64 latents",
+        ),
+        (("controller=l0_target", "controller.target_l0=0.5"), "0.5"),  # topk gives one latent at least
+        (("controller=pareto", "controller.targets=[8,0.5]"), "0.5"),
+        (("controller=l0_target", "controller.target_l0=-3"), "controller.target_l0 = -3: should be greater than 0"),
+        (
+            ("controller=l0_target", "controller.target_l0=8", "controller.trajectory=reference"),
+            "controller.target_l0 = 8: controller.trajectory says where the run ends; give one of them",
+        ),
+        (("controller=l0_target", "controller.trajectory=reference"), "controller.trajectory: L0 8000 at 0"),
+        (
+            ("controller=l0_target", "controller.trajectory=[[0.5,8],[0.2,16]]"),
+            "controller.trajectory = [[0.5, 8], [0.2, 16]]: shares of the budget must ascend within 0 to 1",
+        ),
+        (("controller=l0_target", "controller.trajectory=[[0.1,8],[0.1,4]]"), "must ascend within 0 to 1"),
+        (("controller=l0_target", "controller.trajectory=[[0,8],[1.5,4]]"), "must ascend within 0 to 1"),
+        (("controller=l0_target", "controller.trajectory=[[0,8,1]]"), "pairs [share of the budget, L0] are needed"),
+        (("controller=l0_target", "controller.trajectory=[]"), "pairs [share of the budget, L0] are needed"),
+        (("controller=l0_target", "controller.trajectory=rreference"), "controller.trajectory"),
+        (("controller=l0_target", "controller.reach=0"), "controller.reach = 0: should be greater than 0"),
+        (
+            (*PENALTY, "controller=l0_target", "controller.initial_strength=1e7"),
+            "controller.initial_strength = 1e+07: should lie between 1e-06 and 1e+06",
+        ),
+        (
+            (*PENALTY, "controller=l0_target", "controller.initial_strength=1e-7"),
+            "controller.initial_strength = 1e-07: should lie between 1e-06 and 1e+06",
+        ),
+        ((*PENALTY, "controller=l0_target", "model.coefficient=0"), "model.coefficient = 0: should lie between"),
+        (
+            ("controller=l0_target", "controller.lowest=2", "controller.highest=1"),
+            "controller.lowest = 2: must lie below controller.highest = 1",
+        ),
+        (("controller=l0_target", "controller.proportional=-1"), "controller.proportional = -1: should be greater"),
+        (("controller=l0_target", "+controller.target=8"), "controller.target = 8: there is no such field"),
+        (
+            ("controller=pareto", "controller.targets=[8,16]"),
+            "controller.targets = [8, 16]: two or more descending L0 values are needed",
+        ),
+        (("controller=pareto", "controller.targets=[8,8]"), "two or more descending L0 values are needed"),
+        (("controller=pareto", "controller.targets=[8]"), "two or more descending L0 values are needed"),
+        (("controller=pareto", "controller.targets=[8,-1]"), "controller.targets"),
+        *[
+            (
+                ("controller=constrained", f"controller.quality={quality}", "controller.target=0.2"),
+                f"controller.quality = {quality}: is not measured; set cross_entropy=spliced, or controller.quality=fvu",
+            )
+            for quality in ("ce", "ce_increase", "ce_gap")
+        ],
+        (("controller=constrained", "controller.quality=loss"), "controller.quality = 'loss': should be 'fvu', 'ce'"),
+        (("controller=constrained", "controller.target=null"), "controller.target = None: should be a valid number"),
+        ((*FVU, "controller.target=-1"), "controller.target = -1: should be greater than 0"),
+        ((*FVU, "controller.climb=2"), "controller.recover = 1.2: at least controller.climb = 2 is needed"),
+        ((*FVU, "controller.wait=1"), "controller.wait = 1: should be less than 1"),
+        (("controller=ramp", "controller.begin=0.5"), "controller.begin = 0.5: must lie before controller.until = 0.25"),
+        (("controller=ramp", "controller.shape=log"), "controller.start = 0: a ramp of shape=log must start above 0"),
+        (("controller=ramp", "controller.shape=sine"), "controller.shape = 'sine'"),
+        (("controller=ramp", "controller.wait_samples=4000"), "controller.wait_samples = 4000: the ramp would begin"),
+        (("controller=ramp", "controller.end=65"), "controller.end = 65: this model's k lies between 1 and 64"),
+        (("controller=ramp", "controller.start=65"), "controller.start = 65: this model's k is at most 64"),
+        (("controller.strength=65",), "controller.strength = 65: this model's k lies between 1 and 64"),
+    ],
+)
+def test_a_bad_value_is_one_clear_line_before_training(
+    train_tiny, tmp_path: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        train_tiny(*overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "controller" in str(error.value) or "model.coefficient" in str(error.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
