@@ -66,9 +66,7 @@ def bound(plant: Simulated, **controller: Any) -> Constrained:
 
 plants = st.one_of(
     st.builds(KPlant),
-    st.builds(
-        Simulated, gain=st.floats(0.5, 4), lag=st.floats(5, 20), right=st.floats(0.01, 10), noise=st.just(0.01)
-    ),
+    st.builds(Simulated, gain=st.floats(0.5, 4), lag=st.floats(5, 20), right=st.floats(0.01, 10), noise=st.just(0.01)),
 )
 closing = settings(derandomize=True, deadline=None, max_examples=8, phases=[Phase.generate])
 
@@ -144,11 +142,17 @@ def test_it_moves_at_a_measurement_alone_by_the_samples_since_the_last() -> None
 
 def test_it_recovers_faster_than_it_climbs_at_the_rates_that_the_user_names() -> None:
     start, span = 2000 * BATCH, 12 * BATCH  # 0.2% of the budget
-    worse = moved(ready(quality="ce_increase", target=0.1, climb=0.2, recover=1.0), CLEAN + 0.1 * math.e**2, start + span)
-    better = moved(ready(quality="ce_increase", target=0.1, climb=0.2, recover=1.0), CLEAN + 0.1 / math.e**2, start + span)
+    worse = moved(
+        ready(quality="ce_increase", target=0.1, climb=0.2, recover=1.0), CLEAN + 0.1 * math.e**2, start + span
+    )
+    better = moved(
+        ready(quality="ce_increase", target=0.1, climb=0.2, recover=1.0), CLEAN + 0.1 / math.e**2, start + span
+    )
     assert worse == pytest.approx(0.2 * 1.0)
     assert better == pytest.approx(-0.2 * 0.2)
-    assert moved(ready(quality="ce_increase", target=0.1), CLEAN - 0.02, start + span) < 0  # better than the clean model: room to climb
+    assert (
+        moved(ready(quality="ce_increase", target=0.1), CLEAN - 0.02, start + span) < 0
+    )  # better than the clean model: room to climb
 
 
 def test_the_set_point_never_runs_more_than_a_nat_ahead_of_l0_and_ends_at_what_there_is() -> None:
@@ -180,7 +184,7 @@ def test_a_penalty_rests_through_the_wait_and_is_let_go_afterwards() -> None:
         (
             {"quality": "ce_increase", "target": 1e-4},
             r"= 0\.0001 \(ce_increase\), here 2\.8, is not met by any L0 so far; the best value seen is 2\.8[0-9]+",
-            ),
+        ),
         ({"quality": "ce", "target": 2.7}, r"= 2\.7 \(ce\), here 2\.7, lies below the clean model's own 2\.8"),
         ({"quality": "fvu", "target": 0.002}, r"= 0\.002 \(fvu\), here 0\.002, is not met .* seen is 0\.0[0-9]+"),
     ],

@@ -74,7 +74,10 @@ PENALTY, FVU = ("model=relu",), ("controller=constrained", "controller.quality=f
         ((*FVU, "controller.target=-1"), "controller.target = -1: should be greater than 0"),
         ((*FVU, "controller.climb=2"), "controller.recover = 1.2: at least controller.climb = 2 is needed"),
         ((*FVU, "controller.wait=1"), "controller.wait = 1: should be less than 1"),
-        (("controller=ramp", "controller.begin=0.5"), "controller.begin = 0.5: must lie before controller.until = 0.25"),
+        (
+            ("controller=ramp", "controller.begin=0.5"),
+            "controller.begin = 0.5: must lie before controller.until = 0.25",
+        ),
         (("controller=ramp", "controller.shape=log"), "controller.start = 0: a ramp of shape=log must start above 0"),
         (("controller=ramp", "controller.shape=sine"), "controller.shape = 'sine'"),
         (("controller=ramp", "controller.wait_samples=4000"), "controller.wait_samples = 4000: the ramp would begin"),
