@@ -212,7 +212,8 @@ class L0Loop:
         readings |= {
             "target": self._mean_set_point,
             "measured": self._mean_l0 * self.ratio,
-            "error": self._error,
+            # not that of the step: a validation since then may have taught another ratio
+            "error": math.log(max(self._mean_l0, FEWEST) * self.ratio / self._mean_set_point),
         }
         if self.plant.kind == "k":
             return {**readings, "at_limit": float(self.strength in (self._low, self._high))}

@@ -31,8 +31,8 @@ def controllers() -> list[str]:
     return sorted(file.stem for file in (ROOT / "conf" / "controller").glob("*.yaml"))
 
 
-NAMED = {"pareto": ("controller.targets=[16,8]",)}
-"""What a yaml's own values are too large for here."""
+NAMED = {"pareto": ("controller.targets=[16,8]",), "constrained": ("controller.target=9",)}
+"""What a yaml's own values are too large for here, or too good for four steps."""
 BLOCKS = {
     "autoencoder": ("model.sites=[b]",),
     "crosscoder": (),
