@@ -15,7 +15,6 @@ from sparsepilot.autoencoders.penalised import Penalised
 from sparsepilot.autoencoders.step import Moment, Response
 from sparsepilot.ops.jump import jump, step
 
-
 SLEW_NATS_PER_THRESHOLD_LR = 2.6
 """ln L0 that is lost per unit by which all log thresholds rise, at its fastest: measured (docs/log.md, 2026-11-22)."""
 
