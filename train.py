@@ -4,15 +4,17 @@ import hydra
 from omegaconf import DictConfig
 
 from sparsepilot.config.cli import run, user_errors
+from sparsepilot.launch import start_ranks
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     with user_errors():
-        from sparsepilot.run import train  # after the configuration composed: a typo need not wait for torch
+        if not start_ranks(cfg, __file__):
+            from sparsepilot.run import train  # after the configuration composed: a typo need not wait for torch
 
-        train(cfg)
+            train(cfg)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ranks_alike=True)

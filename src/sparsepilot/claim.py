@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -15,6 +15,7 @@ from sparsepilot import faults
 from sparsepilot.callbacks.checkpoint_io import list_checkpoints, newest_whole
 from sparsepilot.config.resume import Change, allowed_changes
 from sparsepilot.errors import CheckpointError, ConfigError
+from sparsepilot.parallel.agreement import from_first
 from sparsepilot.reporting.environment import environment
 from sparsepilot.run_folder import RunFolder, replacing, write_json
 
@@ -31,6 +32,8 @@ class Claim:
     """allowed differences from the configuration that the run was begun with"""
     notes: list[str] = field(default_factory=list)
     """what the user should read"""
+    writes: bool = True
+    """whether this process writes to the folder: of several ranks the first one does"""
     _lock: IO[Any] | None = None
 
     def lock(self) -> None:
@@ -38,7 +41,7 @@ class Claim:
 
         Raises ConfigError when another process is training there.
         """
-        if self._lock is not None:
+        if self._lock is not None or not self.writes:
             return
         self.folder.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - open as long as the run
@@ -86,6 +89,21 @@ def claim(run_dir: str, resume: str, config: dict[str, Any]) -> Claim:
     found.notes.append(f"resuming {folder.path} at {found.samples:,} samples")
     found.notes += [f"  changed: {change}" for change in found.changes]
     return found
+
+
+def claim_together(run_dir: str, resume: str, config: dict[str, Any]) -> Claim:
+    """`claim` on rank 0 for all ranks: the others are told what it found, and look at nothing themselves.
+
+    (Two ranks that look by themselves may see two states of one folder, or two folders where its name has a time.)
+    """
+    own: list[Claim] = []
+
+    def look() -> Claim:
+        own.append(claim(run_dir, resume, config))
+        return replace(own[0], writes=False, _lock=None)
+
+    told = from_first(look)
+    return own[0] if own else told
 
 
 def record_start(folder: RunFolder, config: dict[str, Any], cache_fingerprint: str) -> None:

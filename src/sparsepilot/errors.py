@@ -26,6 +26,14 @@ class NonFiniteError(SparsepilotError):
     """A loss or gradient that is NaN or infinite; the message names the step, the rows and the term."""
 
 
+class RankError(SparsepilotError):
+    """A run of several ranks that one of them has left."""
+
+
+class SaidElsewhere(SparsepilotError):
+    """An error that another rank of the run has found and printed; this one ends without a word."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A clause to append to an error: the known names closest to `name`, or all of them when none is close.
 

@@ -1,8 +1,9 @@
 """Named places where a test may kill the process, so that crash safety is tested at the exact instant that matters.
 
 `SPARSEPILOT_FAULT="checkpoint-write:3"` sends SIGKILL to this process the third time it passes
-`point("checkpoint-write")`. Unset, a point is one dictionary look-up. `SPARSEPILOT_FAULT_LOG=<file>` appends the
-name of the point that fired, so that a campaign can tell where its kills fell.
+`point("checkpoint-write")`; `checkpoint-write:3@1` only where it is rank 1 of several. Unset, a point is one
+dictionary look-up. `SPARSEPILOT_FAULT_LOG=<file>` appends the name of the point that fired, so that a campaign can tell
+where its kills fell.
 """
 
 from __future__ import annotations
@@ -15,19 +16,26 @@ _passed: dict[str, int] = {}
 
 def is_armed(name: str) -> bool:
     """Whether the environment asks for a kill at `name`: for places that must act differently to be killed in."""
-    return os.environ.get("SPARSEPILOT_FAULT", "").partition(":")[0] == name
+    return _armed(name) is not None
+
+
+def _armed(name: str) -> int | None:
+    """Which passing of `name` is the one to die at; None where none is."""
+    wanted = os.environ.get("SPARSEPILOT_FAULT")
+    if not wanted:
+        return None
+    wanted, _, rank = wanted.partition("@")
+    target, _, nth = wanted.partition(":")
+    return int(nth or 1) if target == name and rank in ("", os.environ.get("RANK")) else None
 
 
 def point(name: str) -> None:
     """Dies here if the environment asks for it."""
-    wanted = os.environ.get("SPARSEPILOT_FAULT")
-    if not wanted:
-        return
-    target, _, nth = wanted.partition(":")
-    if target != name:
+    nth = _armed(name)
+    if nth is None:
         return
     _passed[name] = _passed.get(name, 0) + 1
-    if _passed[name] == int(nth or 1):
+    if _passed[name] == nth:
         log = os.environ.get("SPARSEPILOT_FAULT_LOG")
         if log:
             with open(log, "a", encoding="utf-8") as file:

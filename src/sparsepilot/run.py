@@ -15,12 +15,13 @@ from typing import Any, cast
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from sparsepilot import faults
+from sparsepilot import faults, launch
 from sparsepilot.autoencoders.base import Autoencoder
 from sparsepilot.caching import build_cache, check_recipe, is_sealed
 from sparsepilot.callbacks.checkpoint import CrashSafeCheckpoint
@@ -28,17 +29,22 @@ from sparsepilot.callbacks.checkpoint_io import CrashSafeIO
 from sparsepilot.callbacks.disturb import Disturb
 from sparsepilot.callbacks.progress import ProgressLine
 from sparsepilot.callbacks.run_log import RunLog
-from sparsepilot.callbacks.stop import StopAtStep
+from sparsepilot.callbacks.stop import StopAtStep, leave_signals_alone
 from sparsepilot.callbacks.validate import ValidateEvery
-from sparsepilot.claim import Claim, claim, record_start
+from sparsepilot.claim import Claim, claim_together, record_start
 from sparsepilot.config.check import check
 from sparsepilot.config.instantiate import instantiate
+from sparsepilot.config.resume import differences
 from sparsepilot.controllers.base import Controller
 from sparsepilot.data.datamodule import ActivationData
-from sparsepilot.errors import ConfigError
+from sparsepilot.errors import ConfigError, RankError
 from sparsepilot.interop import dictionary
 from sparsepilot.interop.fold import fold
+from sparsepilot.parallel import agreement
+from sparsepilot.parallel.collectives import rank
+from sparsepilot.parallel.ddp import DataParallel
 from sparsepilot.process_memory import keep_freed_memory
+from sparsepilot.ranks import ranks_here
 from sparsepilot.reporting.environment import environment
 from sparsepilot.reporting.report import report_or_say
 from sparsepilot.reporting.summary import print_end, print_sizes
@@ -57,15 +63,19 @@ NO_LIGHTNING_VALIDATION = 2**62  # batches; ValidateEvery decides instead
 def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
     """Trains what `cfg` describes, or goes on with it, and returns the summary that it also writes.
 
+    On several ranks each of them calls this; rank 0 alone writes, and on the others the summary is empty.
+
     Raises:
         SparsepilotError: on any bad input, before something is built where that is possible.
     """
-    console = console or Console(soft_wrap=True)  # a path is never broken in two
     check(cfg)
     prepare_process(cfg)
+    agreement.join(cuda=uses_cuda(cfg))
+    console = console or Console(soft_wrap=True, quiet=rank() > 0)  # a path is never broken in two
     if cfg.check:
         return dict(check_run(cfg, console))
-    claimed = claim(cfg.run_dir, cfg.resume.value, plain(cfg))
+    check_alike(cfg)
+    claimed = claim_together(cfg.run_dir, cfg.resume.value, plain(cfg))
     folder = claimed.folder
     cfg.run_dir = str(folder.path)  # resume=never may have found a fresh one
     for note in claimed.notes:
@@ -79,27 +89,38 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
         module = build_module(cfg, data)
         _begin_from(origin, module, console)
         _say_stretched_schedule(cfg, claimed, console)
-        wandb = WandbCopy(folder, plain(cfg)["logger"].get("wandb"), lambda text: console.print(text, highlight=False))
+        wanted = plain(cfg)["logger"].get("wandb") if claimed.writes else None
+        wandb = WandbCopy(folder, wanted, lambda text: console.print(text, highlight=False))
         log = RunLog(folder, claimed.samples, lambda: _waited_s(trainer), wandb.after_checkpoint)
         trainer = build_trainer(cfg, folder, log, console, claimed.samples)
+        agreement.meet()
         claimed.lock()  # only now: a fresh folder is made when nothing can be wrong with the input any more
-        record_start(folder, plain(cfg), data.cache.fingerprint)
-        wandb.begin()
+        if claimed.writes:
+            record_start(folder, plain(cfg), data.cache.fingerprint)
+            wandb.begin()
         try:
             try:
                 trainer.fit(module, datamodule=data, ckpt_path=claimed.checkpoint, weights_only=True)
             finally:
                 log.close()
-            summary = finish(folder, module, data)
-            if cfg.report:
+            summary = finish(folder, module, data) if claimed.writes else {}
+            if cfg.report and claimed.writes:
                 report_or_say(folder, lambda text: console.print(text, highlight=False))
                 wandb.add_pictures()
         finally:
             wandb.close()
         wandb.finish()
+    except Exception as error:
+        if agreement.lost_a_rank(error):
+            raise RankError(
+                "another rank of this run is gone; started again, it goes on from the last checkpoint"
+            ) from error
+        raise
     finally:
         claimed.release()
-    print_end(console, folder, summary, cfg.model.d_sae, _command())
+    agreement.leave()
+    if summary:
+        print_end(console, folder, summary, cfg.model.d_sae, _command())
     return summary
 
 
@@ -119,10 +140,37 @@ def check_run(cfg: DictConfig, console: Console) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------- before a run
 
 
+def uses_cuda(cfg: DictConfig) -> bool:
+    """Whether a run's tensors are on NVIDIA devices."""
+    return cfg.trainer.get("accelerator") in ("gpu", "cuda") or (
+        cfg.trainer.get("accelerator", "auto") == "auto" and torch.cuda.is_available()
+    )
+
+
+def check_alike(cfg: DictConfig) -> None:
+    """Refuses ranks that were started with different configurations (a file edited between two starts, say).
+
+    The run folder may differ: its name may hold the time of day, and rank 0's is taken.
+
+    Raises:
+        ConfigError: naming the first rank and field that differ.
+    """
+    mine = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False, enum_to_str=True))
+    configs = agreement.from_all({**mine, "run_dir": None})
+    for number, other in enumerate(configs):
+        for change in differences(configs[0], other):
+            raise ConfigError(f"rank {number} was started with another configuration than rank 0: {change}")
+
+
 def prepare_process(cfg: DictConfig) -> None:
     """Seeds, threads, deterministic kernels, and libraries that keep quiet."""
+    here = ranks_here()
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    elif here is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // here.local_world))  # the cores, shared
+    if here is not None:  # or Lightning would choose their number itself
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     keep_freed_memory()
     torch.use_deterministic_algorithms(True)
     # filling every fresh tensor would cost more than the sparse step; no kernel here reads memory that it did not write
@@ -134,6 +182,8 @@ def prepare_process(cfg: DictConfig) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # Lightning 2.6 asks torch 2.13 about its tree type in the old way; nothing that a user could act on
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    # where Slurm is installed: ranks.py knows whether srun was used
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
     # a run that had ended and is started again has no batch left, a cache may have no validation rows
     warnings.filterwarnings("ignore", message="Total length of .* across ranks is zero")
 
@@ -166,9 +216,13 @@ def build_data(cfg: DictConfig, console: Console) -> ActivationData:
     node = dict(values["data"])
     recipe = node.pop("build", None)
     check_recipe(values["data"], values["lm"], values["text"])
-    if recipe is not None and not is_sealed(Path(node["path"])):
-        console.print(f"building the activation cache {node['path']}", highlight=False)
-        build_cache(values["data"], values["lm"], values["text"], console=console)
+
+    def build() -> None:
+        if recipe is not None and not is_sealed(Path(node["path"])):
+            console.print(f"building the activation cache {node['path']}", highlight=False)
+            build_cache(values["data"], values["lm"], values["text"], console=console)
+
+    agreement.from_first(build)
     return cast(
         ActivationData,
         instantiate(
@@ -218,6 +272,7 @@ def build_module(cfg: DictConfig, data: ActivationData) -> TrainingModule:
         total_samples=total_samples,
         clip_norm=cfg.clip_norm,
         log_every_steps=cfg.callbacks.log_every_steps,
+        reproducible=cfg.trainer.get("reproducible", False),
     )
 
 
@@ -262,16 +317,16 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Cons
         checkpoint,
         StopAtStep(checkpoint, folder),
     ]
-    plugins: list[Any] = [CrashSafeIO()]
-    if SLURMEnvironment.detect():
-        # Lightning's own requeueing saves inside the signal handler, in the middle of a step
-        plugins.append(SLURMEnvironment(auto_requeue=False))
+    # ranks.py knows who started the ranks; Lightning is told in torchrun's way. (Its own Slurm environment saves inside
+    # a signal handler, in the middle of a step.)
+    environment = LightningEnvironment() if ranks_here() is None else TorchElasticEnvironment()
+    plugins: list[Any] = [CrashSafeIO(), environment]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-        return cast(
+        trainer = cast(
             L.Trainer,
             instantiate(
-                cfg.trainer,
+                {key: value for key, value in cfg.trainer.items() if key != "reproducible"},
                 callbacks=callbacks,
                 plugins=plugins,
                 logger=build_loggers(cfg, samples),
@@ -287,6 +342,10 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Cons
                 log_every_n_steps=1,
             ),
         )
+    leave_signals_alone(trainer)
+    if isinstance(trainer.strategy, DataParallel):
+        trainer.strategy.reproducible = cfg.trainer.get("reproducible", False)
+    return trainer
 
 
 def build_loggers(cfg: DictConfig, samples: int) -> list[Logger]:
@@ -341,7 +400,10 @@ def summarise(folder: RunFolder, module: TrainingModule) -> dict[str, Any]:
 def _command() -> str:
     """What the user typed, to build on: the interpreter, the script and its overrides."""
     python = "python" if "VIRTUAL_ENV" in os.environ else os.path.relpath(sys.executable)
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    if launch.handed is not None:
+        overrides = launch.handed.overrides
+    else:
+        overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     kept = [word for word in overrides if not word.startswith(("run_dir=", "samples=", "resume="))]
     return " ".join([python, "train.py", *map(shlex.quote, kept)])
 

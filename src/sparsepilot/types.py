@@ -21,3 +21,5 @@ class Batch(NamedTuple):
     """[B, D] raw activations (unscaled, fp32/bf16/fp16), the sites of the run side by side."""
     first_sample: int
     """Position of the *global* batch's first row on the sample clock; names the rows when something goes wrong."""
+    num_streams: int = 1
+    """The rows are those of so many streams, one after the other, equally many of each."""

@@ -5,77 +5,26 @@ Each process is real and dies by a real SIGKILL; the run and the comparison are 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from killing.compare import run_differences
+from killing.planted_bug import BUGS
+from killing.runs import BATCH, STEPS, Ended, Kill, RunUnderTest
+from warm import Warm
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
-from killing.compare import run_differences  # noqa: E402
-from killing.planted_bug import BUGS  # noqa: E402
-from killing.runs import BATCH, STEPS, Ended, Kill, RunUnderTest  # noqa: E402
-
-from sparsepilot.callbacks.checkpoint_io import CrashSafeIO, is_whole, list_checkpoints  # noqa: E402
-from sparsepilot.rows import read_rows  # noqa: E402
+from sparsepilot.callbacks.checkpoint_io import CrashSafeIO, is_whole, list_checkpoints
+from sparsepilot.rows import read_rows
 
 pytestmark = [
     pytest.mark.slow,  # a hundred starts of train.py
     pytest.mark.skipif(not hasattr(os, "fork"), reason="kills and signals as POSIX has them"),
 ]
-
-
-class Warm:
-    """Starts processes from the warm server; what `killing.runs.launch` does, five seconds sooner."""
-
-    def __init__(self, folder: Path) -> None:
-        path = os.pathsep.join(str(REPOSITORY / name) for name in ("benchmarks", "src"))
-        self._server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("warm_server.py"))],
-            env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "COLUMNS": "500"},
-            cwd=REPOSITORY,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._out = folder / "out.txt"
-        assert self._answer() == {"threads": 1}
-
-    def __call__(self, arguments: list[str], environment: Mapping[str, str], file_bytes: int | None = None) -> Ended:
-        self._out.unlink(missing_ok=True)
-        started = self._ask(
-            arguments=arguments,
-            environment=dict(environment),
-            folder=str(REPOSITORY),
-            out=str(self._out),
-            file_bytes=file_bytes,
-        )
-        code = self._ask(wait=started["pid"])["code"]
-        return Ended(code, self._out.read_text(encoding="utf-8"))
-
-    def _ask(self, **request: Any) -> dict[str, Any]:
-        assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._server.stdout is not None
-        return dict(json.loads(self._server.stdout.readline()))
-
-    def close(self) -> None:
-        for stream in (self._server.stdin, self._server.stdout):
-            if stream is not None:
-                stream.close()
-        self._server.wait(30)
 
 
 class Lab:

@@ -16,6 +16,10 @@ from sparsepilot.autoencoders.step import Moment, Response
 from sparsepilot.ops.jump import jump, step
 
 
+SLEW_NATS_PER_THRESHOLD_LR = 2.6
+"""ln L0 that is lost per unit by which all log thresholds rise, at its fastest: measured (docs/log.md, 2026-11-22)."""
+
+
 class JumpReLU(Penalised):
     """f(x) = pre * H(pre - theta),  pre = W_enc (x - b_in) + b_enc,  theta = exp(log_threshold) > 0
 
@@ -62,6 +66,8 @@ class JumpReLU(Penalised):
         narrow = 1e-3 * blocks.encoder_width**0.5
         self.bandwidth = bandwidth or (narrow if recipe == "step" else 2.0)
         self.threshold_lr_scale = threshold_lr_scale
+        if recipe == "step":  # thresholds alone press on L0, by one learning rate of theirs in a step
+            self.slew_nats_per_lr = SLEW_NATS_PER_THRESHOLD_LR * threshold_lr_scale
         self.steepness = steepness
         start = threshold or (narrow if recipe == "step" else 0.1)
         self.log_threshold = torch.nn.Parameter(torch.full((d_sae,), start).log())

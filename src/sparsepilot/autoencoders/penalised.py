@@ -20,6 +20,7 @@ class Penalised(Autoencoder):
     """Touches the pairs whose pre-activation is above `bounds()`; everything below gives and takes no gradient."""
 
     coefficient: float
+    slew_nats_per_lr = 150.0  # measured with a coefficient of 1e6: 130 to 270 (docs/log.md, 2026-11-22)
 
     @property
     def knob(self) -> Knob:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from sparsepilot.callbacks.checkpoint_io import checkpoint_name, list_checkpoints, point_last_at
 from sparsepilot.callbacks.run_log import RunLog
 from sparsepilot.callbacks.steps import ended_optimizer_step
+from sparsepilot.parallel.agreement import any_rank
 from sparsepilot.training.module import TrainingModule
 
 
@@ -69,7 +70,8 @@ class CrashSafeCheckpoint(Checkpoint):
     ) -> None:
         """Saves where one is due."""
         assert isinstance(pl_module, TrainingModule)
-        if ended_optimizer_step(trainer) and self._is_due(trainer, pl_module):
+        # whatever makes it due, rank 0 decides for all: clocks differ, and it alone is sure to have the rows at hand
+        if ended_optimizer_step(trainer) and any_rank([trainer.is_global_zero and self._is_due(pl_module)])[0]:
             self.save(trainer, pl_module)
 
     def save(self, trainer: L.Trainer, module: TrainingModule) -> None:
@@ -85,12 +87,11 @@ class CrashSafeCheckpoint(Checkpoint):
             self._prune()
         self.run_log.on_checkpoint(module.samples)
 
-    def _is_due(self, trainer: L.Trainer, module: TrainingModule) -> bool:
+    def _is_due(self, module: TrainingModule) -> bool:
         samples = module.samples
-        # every rank must come to the same answer: one clock decides on rank 0's behalf
-        by_time = trainer.strategy.broadcast(time.monotonic() - self._saved_at_s >= self.every_s)
+        by_time = time.monotonic() - self._saved_at_s >= self.every_s
         by_samples = self.every_samples is not None and samples - self.saved_samples >= self.every_samples
-        return bool(by_time) or by_samples or module.step >= module.total_steps or self._is_best(samples)
+        return by_time or by_samples or module.step >= module.total_steps or self._is_best(samples)
 
     def _is_best(self, samples: int) -> bool:
         return self.keep_best > 0 and samples in self._best()

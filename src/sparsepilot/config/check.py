@@ -13,6 +13,7 @@ from sparsepilot.config.signature import check_fields, check_target
 from sparsepilot.errors import ConfigError
 from sparsepilot.lm import load as lm_load
 from sparsepilot.lm import text as lm_text
+from sparsepilot.ranks import num_devices, ranks_here
 from sparsepilot.reporting.wandb import resolve_mode
 from sparsepilot.wiring import STARTING, WIRING, check_sites, wire
 
@@ -207,18 +208,47 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
     for name, instead in OURS.items():
         if name in trainer:
             raise ConfigError(f"trainer.{name} = {trainer[name]!r}: this project sets that itself; use {instead}")
-    check_target("trainer", trainer)
+    check_target("trainer", {key: value for key, value in trainer.items() if key != "reproducible"})
+    if not isinstance(trainer.get("reproducible", False), bool):
+        raise ConfigError(f"trainer.reproducible = {trainer['reproducible']!r}: should be true or false")
     if str(trainer.get("precision", "32-true")) not in PRECISIONS:
         raise ConfigError(
             f"trainer.precision = {trainer['precision']!r}: should be one of {', '.join(PRECISIONS)}; parameters, "
             "their gradients and losses are fp32 in all of them"
         )
+    _check_ranks(trainer)
+
+
+def _check_ranks(trainer: dict[str, Any]) -> None:
+    """One process per device, and a strategy of this project where there are several."""
     devices = trainer.get("devices", 1)
-    if (
-        not (str(devices) == "1" or (isinstance(devices, list) and len(devices) == 1))
-        or trainer.get("num_nodes", 1) != 1
-    ):
-        raise ConfigError(f"trainer.devices = {devices!r}: a run uses one device so far; set trainer.devices=1")
+    try:
+        local = num_devices(trainer)
+    except (TypeError, ValueError):
+        local = 0
+    nodes = trainer.get("num_nodes", 1)
+    for name, value, number in (("devices", devices, local), ("num_nodes", nodes, nodes)):
+        if not isinstance(number, int) or number < 1:
+            raise ConfigError(f"trainer.{name} = {value!r}: how many is needed, 1 or more")
+    world, strategy = local * nodes, trainer.get("strategy", "auto")
+    if world > 1 and not isinstance(strategy, dict):
+        cpu = trainer.get("accelerator") == "cpu"
+        raise ConfigError(
+            f"trainer.devices = {devices!r}: {world} ranks need trainer={'ddp_gloo' if cpu else 'ddp'}; "
+            f"trainer.strategy = {strategy!r} says nothing of how they work together"
+        )
+    here = ranks_here()
+    if here is not None and (here.world, here.local_world) != (world, local):
+        raise ConfigError(
+            f"trainer.devices = {devices!r}, trainer.num_nodes = {nodes}: {here.world} processes were started, "
+            f"{here.local_world} of them on this machine; set trainer.devices={here.local_world} "
+            f"trainer.num_nodes={here.world // here.local_world}, or use trainer=multinode"
+        )
+    if here is None and world > 1 and nodes > 1:
+        raise ConfigError(
+            f"trainer.num_nodes = {nodes}: nobody has started the processes on the other machines; use srun "
+            "(slurm/train.sbatch) or torchrun"
+        )
 
 
 def _check_controller(plain: dict[str, Any]) -> None:
@@ -280,5 +310,20 @@ def _check_relations(plain: dict[str, Any]) -> None:
             f"batch = {batch}: must be a multiple of data.num_streams x accumulate = {streams} x {accumulate}, "
             f"e.g. {right}"
         )
+    world = num_devices(plain["trainer"]) * plain["trainer"].get("num_nodes", 1)
+    if streams % world:
+        allowed = ", ".join(str(w) for w in range(1, streams + 1) if streams % w == 0)
+        raise ConfigError(
+            f"trainer.devices = {plain['trainer'].get('devices', 1)!r}: {world} ranks cannot share data.num_streams = "
+            f"{streams} equally; so many can: {allowed}"
+        )
+    if plain["trainer"].get("reproducible"):
+        if streams & (streams - 1):
+            raise ConfigError(f"data.num_streams = {streams}: trainer.reproducible needs a power of two")
+        if accumulate > 1:
+            raise ConfigError(
+                f"accumulate = {accumulate}: trainer.reproducible takes a step stream by stream already, {streams} of "
+                "them; set accumulate=1"
+            )
     if plain["samples"] < batch:
         raise ConfigError(f"samples = {plain['samples']}: the budget is less than one batch of {batch}")

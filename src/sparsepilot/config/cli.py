@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import os
 import re
 import sys
@@ -17,20 +18,35 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sparsepilot import launch, ranks
 from sparsepilot.config.resolvers import register_resolvers
-from sparsepilot.config.schema import register
-from sparsepilot.errors import ConfigError, SparsepilotError, nearest
+from sparsepilot.config.schema import Config, register
+from sparsepilot.errors import ConfigError, RankError, SaidElsewhere, SparsepilotError, nearest
 from sparsepilot.process_memory import ask_for_huge_pages
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a `@hydra.main` function, whose own body is `with user_errors():`."""
+def run(main: Callable[[], None], ranks_alike: bool = False) -> None:
+    """Runs a `@hydra.main` function, whose own body is `with user_errors():`.
+
+    A rank that another process has started is given its configuration by it, and needs no Hydra.
+
+    Args:
+        main: the function.
+        ranks_alike: the processes that srun or torchrun has started beside this one do the same as it does; of a
+            mistake in what they were given one of them tells.
+    """
+    if ranks_alike:
+        ranks.may_say.append(ranks.speaks_first)
     ask_for_huge_pages()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions to us instead of printing them
     register()
     register_resolvers()
     with user_errors():
-        main()
+        given = launch.receive()
+        if given is None:
+            main()
+        else:
+            inspect.unwrap(main)(OmegaConf.merge(OmegaConf.structured(Config), given.config))
 
 
 @contextlib.contextmanager
@@ -48,8 +64,17 @@ def user_errors() -> Iterator[None]:
             raise  # of a sweep Hydra notes that this member failed, and goes on with the others
         if os.environ.get("SPARSEPILOT_TRACEBACK"):
             traceback.print_exc()
-        print(f"error: {line}", file=sys.stderr)
+        if _is_mine_to_say(error, line):
+            print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _is_mine_to_say(error: BaseException, line: str) -> bool:
+    """Of an error that all ranks of a run meet, one of them tells."""
+    told = next((e for e in _causes(error) if isinstance(e, SaidElsewhere | RankError)), None)
+    if isinstance(told, SaidElsewhere) or (isinstance(told, RankError) and launch.is_watched()):
+        return False
+    return ranks.may_say[-1](line)
 
 
 def _in_a_sweep() -> bool:
@@ -95,7 +120,9 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
     cause: BaseException | None = error
-    while cause is not None:
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:  # an error raised again while it was handled is its own cause
+        seen.add(id(cause))
         yield cause
         cause = cause.__cause__ or cause.__context__
 

@@ -8,17 +8,28 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from sparsepilot.ranks import ranks_here
+
 RUN_ID = "SPARSEPILOT_RUN_ID"
 
 
 def register_resolvers() -> None:
-    """`${name:model}`: the class of a group in lower case. `${run_id:}`: what tells this run from others."""
+    """`${name:model}`: the class of a group in lower case. `${run_id:}`: what tells this run from others.
+    `${started:devices}`, `${started:nodes}`: the processes that srun or torchrun has started."""
     OmegaConf.register_new_resolver("name", _name, replace=True)
+    OmegaConf.register_new_resolver("started", _started, replace=True)
     OmegaConf.register_new_resolver("run_id", _run_id, replace=True, use_cache=True)
 
 
 def _name(group: str, *, _root_: Any) -> str:
     return str(_root_[group]["_target_"]).rpartition(".")[2].lower()
+
+
+def _started(what: str) -> int:
+    here = ranks_here()
+    if here is None:
+        return 1
+    return here.local_world if what == "devices" else here.world // here.local_world
 
 
 def _run_id() -> str:

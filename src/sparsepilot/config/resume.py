@@ -32,7 +32,7 @@ def allowed_changes(was: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     Raises:
         ConfigError: naming every difference that would make it another run.
     """
-    changes = list(_differences("", was, now))
+    changes = list(differences(was, now))
     refused = [change for change in changes if not _is_allowed(change)]
     if refused:
         listed = "; ".join(str(change) for change in refused)
@@ -49,9 +49,10 @@ def _is_allowed(change: Change) -> bool:
     return any(change.field == name or change.field.startswith(name + ".") for name in FREE)
 
 
-def _differences(prefix: str, was: Any, now: Any) -> Iterator[Change]:
+def differences(was: Any, now: Any, prefix: str = "") -> Iterator[Change]:
+    """Every field of two configurations that differs."""
     if isinstance(was, dict) and isinstance(now, dict):
         for key in [*was, *(k for k in now if k not in was)]:
-            yield from _differences(f"{prefix}.{key}" if prefix else str(key), was.get(key), now.get(key))
+            yield from differences(was.get(key), now.get(key), f"{prefix}.{key}" if prefix else str(key))
     elif was != now:
         yield Change(prefix, was, now)

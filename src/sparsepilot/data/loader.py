@@ -143,7 +143,7 @@ class TrainLoader(_Loader):
         for micro in range(len(self)):
             x_BD = torch.empty(count * len(self.streams), width, dtype=dtype)
             windows.take(start + micro * count, count, x_BD)
-            yield Batch(x_BD, self.start_sample + micro // self.accumulate * self.batch)
+            yield Batch(x_BD, self.start_sample + micro // self.accumulate * self.batch, len(self.streams))
 
 
 class ValLoader(_Loader):

@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from sparsepilot import faults
 from sparsepilot.errors import CheckpointError, NonFiniteError
 from sparsepilot.ops.readback import Readback
+from sparsepilot.parallel.agreement import from_all
+from sparsepilot.training.streams import loss_stream_by_stream
 from sparsepilot.training.trainee import Trainee
 from sparsepilot.training.validation import Row, Validation
 from sparsepilot.types import Batch
@@ -36,6 +38,7 @@ class TrainingModule(L.LightningModule):
         batch: rows per optimizer step, over all ranks and micro-batches.
         total_samples: the budget.
         clip_norm: each trainee's gradient is scaled down to this norm; None leaves it.
+        reproducible: the same bits on 1, 2, 4, ... ranks (training/streams.py).
         log_every_steps: a row of training metrics every so many steps, and at each of the first 100 and the last.
     """
 
@@ -49,6 +52,7 @@ class TrainingModule(L.LightningModule):
         total_samples: int,
         clip_norm: float | None = None,
         log_every_steps: int = 50,
+        reproducible: bool = False,
     ) -> None:
         super().__init__()
         self.trainees = nn.ModuleDict(trainees)
@@ -59,6 +63,7 @@ class TrainingModule(L.LightningModule):
         self.total_samples = total_samples
         self.clip_norm = clip_norm
         self.log_every_steps = log_every_steps
+        self.reproducible = reproducible
         self.samples = 0
         """The clock: rows that the parameters have been trained on, over all ranks. A Python int, never a float."""
         self.train_row: Row | None = None
@@ -88,6 +93,8 @@ class TrainingModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch: the sum of the trainees' losses (they share no parameter)."""
         self._micro_batches.append(batch)
+        if self.reproducible:
+            return loss_stream_by_stream([trainee for _, trainee in self.each()], batch, self.samples + self.batch)
         losses = [trainee(batch.x_BD, self.samples + self.batch) for _, trainee in self.each()]
         return torch.stack(losses).sum()
 
@@ -129,8 +136,14 @@ class TrainingModule(L.LightningModule):
         self.train_row = self._make_train_row(lr) if self._row_is_due() else None
         for _, trainee in self.each():
             trainee.advance(self.samples)
-            trainee.revive([batch.x_BD for batch in self._micro_batches], _inner(optimizer), self.samples)
+            trainee.revive(self._rows_to_measure(), _inner(optimizer), self.samples)
         self._micro_batches.clear()
+
+    def _rows_to_measure(self) -> list[Batch]:
+        """This step's rows, cut as the step has cut them."""
+        if not self.reproducible:
+            return self._micro_batches
+        return [Batch(x, b.first_sample) for b in self._micro_batches for x in b.x_BD.chunk(b.num_streams)]
 
     def configure_optimizers(self) -> Optimizer:
         """One optimizer; each trainee's parameters are groups of their own."""
@@ -208,7 +221,7 @@ class TrainingModule(L.LightningModule):
         raise NonFiniteError(f"a loss or gradient was not finite just before {where}")
 
     def _bad_rows(self) -> str:
-        """Which rows of this step's micro-batches hold NaN or infinity, or that the input is clean."""
+        """Which rows of this step's micro-batches, on any rank, hold NaN or infinity, or that the input is clean."""
         name_rows = getattr(self.trainer.train_dataloader, "cache_rows", None)
         found: list[str] = []
         for number, batch in enumerate(self._micro_batches):
@@ -217,6 +230,7 @@ class TrainingModule(L.LightningModule):
                 found += [f"cache row {row}" for row in name_rows(batch.first_sample, number, rows)]
             else:
                 found += [f"row {row} of micro-batch {number}" for row in rows]
+        found = [row for rows in from_all(found) for row in rows]
         if not found:
             return "every input row is finite, so the parameters or the learning rate are to blame"
         return "not finite in the input: " + ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
@@ -256,7 +270,7 @@ class TrainingModule(L.LightningModule):
         self.samples = saved["samples"]
         made_with = self._made_with()
         differing = [f"{k} was {v}, is {made_with[k]}" for k, v in saved["made_with"].items() if v != made_with[k]]
-        if differing:
+        if differing and self.trainer.is_global_zero:
             warnings.warn(
                 "resuming with the same order of data but not the same bits: " + "; ".join(differing), stacklevel=1
             )
@@ -270,6 +284,7 @@ class TrainingModule(L.LightningModule):
             "ranks": self.trainer.world_size,
             "accumulate": self.trainer.accumulate_grad_batches,
             "precision": str(self.trainer.precision),
+            "reproducible": str(self.reproducible),
             "paths": "; ".join(sorted({trainee.autoencoder.paths() for _, trainee in self.each()})),
         }
 

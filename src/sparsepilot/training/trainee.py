@@ -19,6 +19,7 @@ from sparsepilot.metrics.dead import DeadLatents, dead_window_samples
 from sparsepilot.ops.readback import Readback
 from sparsepilot.parallel.collectives import all_reduce_max_, all_reduce_sum_
 from sparsepilot.training.resample import resample
+from sparsepilot.types import Batch
 
 
 class SiteStats(NamedTuple):
@@ -220,11 +221,11 @@ class Trainee(nn.Module):
         return self._pending_step
 
     @torch.no_grad()
-    def revive(self, batches_BD: Sequence[Tensor], optimizer: Optimizer, samples: int) -> None:
+    def revive(self, batches: Sequence[Batch], optimizer: Optimizer, samples: int) -> None:
         """Resamples dead latents where the architecture's revival says that it is time.
 
         Args:
-            batches_BD: this rank's raw micro-batches of the step just taken.
+            batches: this rank's micro-batches of the step just taken.
             optimizer: whose state about the resampled latents is dropped.
             samples: the clock after that step.
         """
@@ -234,14 +235,16 @@ class Trainee(nn.Module):
         if not revival.is_due(samples, self.batch, self.total_samples, self.dead.window_samples):
             return
         ids_A = self.dead.dead_mask().nonzero().squeeze(1)
-        rows = [self.scaled(x_BD) for x_BD in batches_BD]
+        rows = [self.scaled(batch.x_BD) for batch in batches]
         strength = self.controller.strength
         sq_errors = [
             (y_BD - self.autoencoder.evaluate(x_BD, y_BD, strength).y_hat_BD).square().sum(dim=1) for x_BD, y_BD in rows
         ]
-        x_BD, y_BD = (torch.cat(side) for side in zip(*rows, strict=True))
+        # stream by stream, as one big batch has them: what is drawn must not hang on how the batch was split
+        order_B = _stream_by_stream(len(batches), batches[0].num_streams, len(batches[0].x_BD)).to(ids_A.device)
+        x_BD, y_BD = (torch.cat(side)[order_B] for side in zip(*rows, strict=True))
         resample(
-            self.autoencoder, ids_A, x_BD, y_BD, torch.cat(sq_errors),
+            self.autoencoder, ids_A, x_BD, y_BD, torch.cat(sq_errors)[order_B],
             revival.encoder_scale, self.seed, samples, optimizer,
         )  # fmt: skip
 
@@ -270,6 +273,15 @@ class Trainee(nn.Module):
         self._pending = Readback()
         pending = state["pending_step"]
         self._pending_step = None if pending is None else Measured(*pending)
+
+
+def _stream_by_stream(num_batches: int, num_streams: int, num_rows: int) -> Tensor:
+    """[num_batches * num_rows] where each stream's rows stand in micro-batches laid end to end, stream after stream.
+
+    >>> _stream_by_stream(2, 2, 4).tolist()
+    [0, 1, 4, 5, 2, 3, 6, 7]
+    """
+    return torch.arange(num_batches * num_rows).view(num_batches, num_streams, -1).transpose(0, 1).flatten()
 
 
 def _columns(x_BD: Tensor, sites: Sequence[SiteStats]) -> Tensor:

@@ -1,0 +1,95 @@
+"""Which of how many processes of a run this one is. No torch here: a process that only starts others has no use for it.
+
+A *rank* is one training process; a run has `world` of them, numbered from 0. Whoever started them says so in the
+environment: `python train.py` itself (launch.py), torchrun, or Slurm's srun.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+
+class Ranks(NamedTuple):
+    """This process among those of its run."""
+
+    rank: int
+    world: int
+    local_rank: int
+    """its number on this machine"""
+    local_world: int
+    """how many of them are on this machine"""
+    node: int
+    """the machine's number"""
+
+
+def ranks_here() -> Ranks | None:
+    """What the environment says; None where this process is on its own."""
+    env = os.environ
+    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= env.keys():
+        world = int(env["WORLD_SIZE"])
+        local_world = int(env.get("LOCAL_WORLD_SIZE", world))
+        found = Ranks(int(env["RANK"]), world, int(env["LOCAL_RANK"]), local_world, int(env.get("GROUP_RANK", 0)))
+    elif env.get("SLURM_STEP_ID", "").isdigit() and "SLURM_STEP_NUM_TASKS" in env:  # a batch script has no such number
+        world, nodes = int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_STEP_NUM_NODES", 1))
+        found = Ranks(
+            int(env["SLURM_PROCID"]), world, int(env["SLURM_LOCALID"]), world // nodes, int(env["SLURM_NODEID"])
+        )
+    else:
+        return None
+    return found if found.world > 1 else None
+
+
+def adopt(ranks: Ranks) -> None:
+    """Says to torch and Lightning, in the variables that they read, what srun says in its own."""
+    env = os.environ
+    env["RANK"], env["WORLD_SIZE"] = str(ranks.rank), str(ranks.world)
+    env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = str(ranks.local_rank), str(ranks.local_world)
+    env["GROUP_RANK"] = str(ranks.node)
+    if "MASTER_ADDR" not in env:
+        env["MASTER_ADDR"] = _first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    if "MASTER_PORT" not in env:  # each step of each job its own, the same for all of its tasks
+        job, step = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_STEP_ID", 0))
+        env["MASTER_PORT"] = str(15_000 + (job * 7 + step) % 15_000)
+
+
+def _first_host(nodes: str) -> str:
+    """The first of Slurm's list of hosts.
+
+    >>> _first_host("gpu[03-07,9],other"), _first_host("a,b"), _first_host("n[1]")
+    ('gpu03', 'a', 'n1')
+    """
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).split(",")[0]
+
+
+def num_devices(trainer: Mapping[str, Any]) -> int:
+    """Devices, so ranks, that a trainer's configuration wants on one machine.
+
+    >>> num_devices({"devices": 4}), num_devices({"devices": [2, 3]}), num_devices({"devices": "0,1,5"})
+    (4, 2, 3)
+    """
+    devices = trainer.get("devices", 1)
+    if str(devices) in ("auto", "-1"):
+        if trainer.get("accelerator") == "cpu":
+            return 1
+        import torch
+
+        return max(1, torch.cuda.device_count())
+    if isinstance(devices, str) and "," in devices:
+        return len([part for part in devices.split(",") if part.strip()])
+    if isinstance(devices, str | int):
+        return int(devices)
+    return len(devices)
+
+
+def speaks_first(line: str) -> bool:
+    """Before the ranks have met: all of them find the same mistake, rank 0 says it."""
+    ranks = ranks_here()
+    return ranks is None or ranks.rank == 0
+
+
+may_say: list[Callable[[str], bool]] = [lambda line: True]
+"""The last one decides whether this process prints a line of error: `speaks_first` where all do the same, and once the
+ranks have met that of parallel/agreement.py."""

@@ -1,0 +1,97 @@
+"""`python train.py trainer=ddp_gloo`: it starts its ranks itself, and whatever becomes of one of them is said once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY
+from killing.compare import run_differences
+from killing.runs import RunUnderTest
+
+from sparsepilot.rows import read_rows
+
+pytestmark = [
+    pytest.mark.slow,  # each process imports torch
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="kills and signals as POSIX has them"),
+]
+TWO = ("trainer=ddp_gloo", "trainer.devices=2")
+
+
+def begin(run: RunUnderTest) -> subprocess.Popen[str]:
+    """Starts, and waits until it has taken a step."""
+    began_s = time.time()
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *run._options, *TWO],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}/benchmarks{os.pathsep}{ROOT}/src", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    until_s = time.monotonic() + 120
+    while max((row["time"] for row in read_rows(run.folder / "timing.jsonl")), default=0) < began_s:
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
+    return process
+
+
+def test_what_becomes_of_ranks_and_of_the_process_that_started_them(tmp_path: Path) -> None:
+    reference = RunUnderTest(tmp_path / "unbroken", tmp_path / "cache")
+    assert reference.start(more=TWO).code == 0
+    run = RunUnderTest(tmp_path / "run", tmp_path / "cache", reference=reference.folder)
+
+    began_s = time.monotonic()
+    ended = run.start({"SPARSEPILOT_FAULT": "mid-step:33@1"}, TWO)
+    assert time.monotonic() - began_s < 60
+    assert ended.code == 128 + signal.SIGKILL
+    errors = [line for line in ended.out.splitlines() if "rror" in line]
+    assert errors == ["error: rank 1 was ended by SIGKILL; the same line again goes on from the last checkpoint"]
+    assert run.resumes_at == 30
+
+    process = begin(run)
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert out.count("stopped and saved at") == 1
+    assert 30 < (stopped := run.resumes_at) < 120
+
+    process = begin(run)
+    process.kill()  # nobody is there to hand signals on: the ranks see that they are alone, and stop by themselves
+    out, _ = process.communicate(timeout=60)  # until the last of them has closed its output
+    assert out.count("stopped and saved at") == 1, out
+    assert run.resumes_at > stopped
+
+    ended = run.start(more=TWO)
+    assert ended.code == 0, ended.out
+    assert f"resuming {run.folder} at" in ended.out
+    assert run_differences(reference.folder, run.folder) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model.d_sae=-3",), "error: model.d_sae = -3: should be greater than 0"),
+        (("data=cache", "data.sites=[a]"), "error: cache/none: no activation cache here"),
+        (("data.val_rows=1",), "error: cache: 1 validation rows for 2 ranks; each rank needs at least one"),
+        (("run_dir=a_file/run",), "error: cannot write a_file"),
+    ],
+)
+def test_an_error_is_said_once(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
+    (tmp_path / "a_file").touch()
+    arguments = [str(ROOT / "train.py"), *TINY, "data.path=cache", "run_dir=run", *TWO]
+    if "data=cache" in overrides:
+        arguments = [str(ROOT / "train.py"), "data.path=cache/none", "run_dir=run", *TWO]
+    done = subprocess.run(
+        [sys.executable, *arguments, *overrides], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.splitlines()) == 1
+    assert "result" not in done.stdout
