@@ -108,8 +108,8 @@ def test_a_slew_limit_of_twice_the_trajectory_is_enough(plant: Simulated, spare:
 def test_a_plant_that_saturates_close_to_the_target_settles(
     plant: Simulated, above: float, below: float, wrong: float
 ) -> None:
-    """Beyond `above` and `below` nats of the target the strength has no effect at all. (Nearer than that the error is so
-    small that a start wrong by 100 takes thousands of steps to put right.)"""
+    """Beyond `above` and `below` nats of the target the strength has no effect at all. (Nearer than that the error is
+    so small that a start wrong by 100 takes thousands of steps to put right.)"""
     plant.y = plant.ceiling = math.log(plant.target) + above
     plant.floor = math.log(plant.target) - below
     assert_settles(run(plant, wrong)[1], after=90)

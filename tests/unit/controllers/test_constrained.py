@@ -161,7 +161,7 @@ def test_the_set_point_never_runs_more_than_a_nat_ahead_of_l0_and_ends_at_what_t
         controller.observe(row(ABLATED), (2000 + 20 * n) * BATCH)
     assert controller._set_point == pytest.approx(32 * math.e)
     for l0 in (80.0, 200.0, 500.0, 1300.0, 3000.0, 4000.0):
-        for n in range(40):
+        for _ in range(40):
             controller.update(Measured(l0), 5990 * BATCH)
         controller.observe(row(ABLATED), int((5990 + l0 / 100) * BATCH))
         assert controller._set_point <= D_SAE

@@ -65,7 +65,7 @@ PENALTY, FVU = ("model=relu",), ("controller=constrained", "controller.quality=f
         *[
             (
                 ("controller=constrained", f"controller.quality={quality}", "controller.target=0.2"),
-                f"controller.quality = {quality}: is not measured; set cross_entropy=spliced, or controller.quality=fvu",
+                f"controller.quality = {quality}: is not measured; set cross_entropy=spliced",
             )
             for quality in ("ce", "ce_increase", "ce_gap")
         ],
