@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat
 from sparsepilot.controllers.base import Controller, Measured, Plant
 from sparsepilot.controllers.l0_loop import L0Loop, LoopSettings, lowest_l0
 from sparsepilot.controllers.laws import average, keep_of
-from sparsepilot.controllers.trajectory import check_breakpoints, glide, refuse_too_steep
+from sparsepilot.controllers.trajectory import check_breakpoints, glide
 from sparsepilot.errors import ConfigError
 
 SETTLED = 0.02
@@ -56,9 +56,6 @@ class Pareto(Controller):
             check_breakpoints("controller.targets", [(0.0, target)], lowest_l0(plant), plant.d_sae)
         self.loop.bind(plant, self.targets[0])
         self.strength = self.loop.strength
-        share = 1.0 / len(self.targets)
-        for i, (above, below) in enumerate(zip(self.targets, self.targets[1:], strict=False), start=1):
-            refuse_too_steep("controller.targets", [(i * share, above), ((i + self.travel) * share, below)], plant)
 
     @property
     def _last(self) -> bool:
