@@ -127,7 +127,7 @@ def test_a_transcoder_and_the_rows_that_its_trainee_hears(
 ) -> None:
     heard: list[tuple[int, dict[str, Any]]] = []
     monkeypatch.setattr(
-        "sparsepilot.training.trainee.Trainee.observe", lambda _, row, samples: heard.append((samples, dict(row)))
+        "sparsepilot.training.trainee.Trainee.observe", lambda _, row, samples: heard.append((samples, dict(row))) or {}
     )
     sites = "model.layers.2,model.layers.1.mlp:in,model.layers.1.mlp"  # one more than it needs, in front
     transcoder = "model.sites={read:[model.layers.1.mlp:in],write:[model.layers.1.mlp]}"

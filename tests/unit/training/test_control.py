@@ -55,7 +55,7 @@ def logged(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
 def test_a_run_logs_what_readings_promises(train_tiny, tmp_path: Path, name: str, model: str) -> None:
     words = {**CLOSED, **OPEN}[name]
     train_tiny(*LONGER, f"model={model}", *words)
-    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    rows = list(read_rows(tmp_path / "run" / "metrics.jsonl"))
     control = logged(rows)
     assert all(math.isfinite(value) for row in control for value in row.values())
     if name in OPEN:
