@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Literal
+from typing import Any
 
 from sparsepilot import faults, schedules
-from sparsepilot.controllers.base import Controller
+from sparsepilot.controllers.base import Controller, Measured, Plant
 
 
 class SteppedK(Controller):
@@ -22,20 +22,20 @@ class SteppedK(Controller):
     def __init__(self, strength: float | None = None) -> None:
         self.total = 0.0
 
-    def bind(self, kind: Literal["k", "penalty"], initial: float, low: float, high: float, total_samples: int) -> None:
-        self.strength = float(initial)
+    def bind(self, plant: Plant) -> None:
+        self.strength = float(plant.initial)
 
-    def update(self, measured: float | None, samples: int) -> float:
+    def update(self, measured: Measured | None, samples: int) -> float:
         faults.point("mid-step-controller")  # the parameters and the clock have moved, the step's sums are still there
         if measured is not None:
-            self.total += measured
+            self.total += measured.l0
             self.strength = float(3 + int(self.total) % 4)
         return self.strength
 
-    def state_dict(self) -> dict[str, float | int]:
+    def state_dict(self) -> dict[str, Any]:
         return {"strength": self.strength, "total": self.total}
 
-    def load_state_dict(self, state: dict[str, float | int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         faults.point("resume-state")  # some of the checkpoint's tensors are copied, some are not
         self.strength, self.total = state["strength"], state.get("total", 0.0)
 
