@@ -40,7 +40,7 @@ BUGS: dict[str, Callable[[], None]] = {
     # the clock that dead latents are measured against
     "dead-clock": lambda: forget_state(DeadLatents, "state_dict", "absent", "samples"),
     # the L0 that the controller has not seen yet
-    "pending-l0": lambda: forget_state(Trainee, "get_extra_state", "none", "pending_l0"),
+    "pending-l0": lambda: forget_state(Trainee, "get_extra_state", "none", "pending_step"),
     # what the controller has added up
     "controller": lambda: forget_state(SteppedK, "state_dict", "absent", "total"),
 }
