@@ -18,6 +18,8 @@ FEWEST = 1e-3
 """L0 that stands for none at all, where its logarithm is needed."""
 SMOOTH, SLOPE_OVER, RATIO_OVER = 0.1, 0.5, 1.0
 """In lags: averages of L0, of the error for its slope and for the ratio."""
+LARGEST_RATIO = 0.25
+"""Nats between the L0 of held-out rows and of training that are believed."""
 FOLLOWING, INTEGRATING = (1.0, 1.0, 20.0), (6.0, 10.0, math.inf)
 """Factor of the proportional gain; integral and drift times in lags. A plant that integrates already wants mostly P."""
 BEGIN = 0.1
@@ -115,7 +117,7 @@ class L0Loop:
         self._mean_set_point = set_point
         self._slow_error: float | None = None
         self._train_error: tuple[float | None, float | None] = (None, None)
-        self._log_ratio: float | None = None
+        self._log_ratio = 0.0
         self._error = 0.0
         self._slewing = False
         self._steps = 0
@@ -125,7 +127,7 @@ class L0Loop:
     @property
     def ratio(self) -> float:
         """L0 of held-out rows over that of training, as last seen."""
-        return 1.0 if self._log_ratio is None else math.exp(self._log_ratio)
+        return math.exp(self._log_ratio)
 
     @property
     def l0(self) -> float | None:
@@ -202,7 +204,8 @@ class L0Loop:
         if not isinstance(l0, float) or not 0 < l0 < math.inf or once is None or twice is None:
             return
         seen = math.log(l0 / now) - (2 * once - twice)
-        self._log_ratio = clamp(average(self._log_ratio, seen, 0.5), -0.5, 0.5)
+        # from 1 on, and half way each time: early in a run BatchTopK's threshold is far from settled
+        self._log_ratio = average(self._log_ratio, clamp(seen, -LARGEST_RATIO, LARGEST_RATIO), 0.5)
 
     def readings(self) -> dict[str, float]:
         """As `Controller.readings`, and P and I of a penalty."""
