@@ -199,9 +199,11 @@ def _dead(folder: RunFolder, config: dict[str, Any]) -> dict[str, int]:
     if not folder.summary.exists():
         return {}
     dead = json.loads(folder.summary.read_text(encoding="utf-8")).get("metrics", {}).get("train/dead_latents")
-    if dead is None:
+    if dead is None or not {"samples", "batch"} <= set(config):
         return {}
-    return {"dead": int(dead), "dead_window_samples": dead_window_samples(int(config["samples"]))}
+    batch = int(config["batch"])
+    budget_samples = -(-int(config["samples"]) // batch) * batch  # in whole batches
+    return {"dead": int(dead), "dead_window_samples": dead_window_samples(budget_samples)}
 
 
 def _means(cache: AnyCache, sites: list[str]) -> torch.Tensor:

@@ -90,8 +90,13 @@ def with_hook(model: Any, site: str, tokens_CL: Tensor, change: Callable[[Tensor
 @pytest.mark.parametrize("edits", EDITS)
 @pytest.mark.parametrize(
     ("name", "site"),
-    [("llama", "model.layers.1"), ("llama", "model.layers.2.mlp:in"), ("gpt2", "transformer.h.1"), ("gpt2", "transformer.h.2.attn")],
-)  # fmt: skip
+    [
+        ("llama", "model.layers.1"),
+        ("llama", "model.layers.2.mlp:in"),
+        ("gpt2", "transformer.h.1"),
+        ("gpt2", "transformer.h.2.attn"),
+    ],
+)
 def test_it_is_the_formula(name: str, site: str, edits: str, keep_error: bool) -> None:
     model, sae = make(name).model, dictionary("jumprelu")
     model.config.bos_token_id, model.config.eos_token_id = BOS, None
@@ -159,23 +164,25 @@ def test_several_at_once_and_an_exception() -> None:
     model, sae, other = make("llama").model, dictionary(), dictionary("jumprelu")
     clean = model(tokens(), use_cache=False).logits
     first, second = {"clamp": {8: 4.0}}, {"ablate": [3], "scale": {5: 2.0}}
+
+    def both_and_break() -> None:
+        with sparsepilot.attach(model, other, "model.layers.1", skip_tokens=[], **second):
+            found.append(model(tokens(), use_cache=False).logits)
+            raise ZeroDivisionError
+
+    found: list[Tensor] = []
     with sparsepilot.attach(model, sae, "model.layers.1", skip_tokens=[], **first):
         one = model(tokens(), use_cache=False).logits
-        with (
-            pytest.raises(ZeroDivisionError),
-            sparsepilot.attach(model, other, "model.layers.1", skip_tokens=[], **second),
-        ):
-            both = model(tokens(), use_cache=False).logits
-            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError):
+            both_and_break()
         assert torch.equal(model(tokens(), use_cache=False).logits, one)
     assert hooks(model) == 0
     assert torch.equal(model(tokens(), use_cache=False).logits, clean)
     done, then = plain(sae, False, first), plain(other, False, second)
-    no_bos = tokens().clone()
     handle = model.get_submodule("model.layers.1").register_forward_hook(lambda _, __, x: then(done(x, x), done(x, x)))
-    expected = model(no_bos, use_cache=False).logits
+    expected = model(tokens(), use_cache=False).logits
     handle.remove()
-    assert torch.allclose(both, expected, atol=2e-5 * float(expected.abs().max()))
+    assert torch.allclose(found[0], expected, atol=2e-5 * float(expected.abs().max()))
 
 
 @torch.no_grad()
