@@ -184,8 +184,8 @@ def test_the_script_writes_files_and_a_row_per_run(
     shutil.rmtree(run / "checkpoints")  # nothing of them is needed
     planted = tmp_path / "planted"
     train(compose_cfg("data=synthetic", "data.build.num_rows=6000", "data.build.num_val_rows=5000",
-                      "data.build.d_in=16", f"data.path={tmp_path}/rows", "data.num_streams=8", "model.d_sae=64", "batch=256", "samples=512",
-                      "logger=none", "report=false", f"run_dir={planted}"))  # fmt: skip
+                      "data.build.d_in=16", f"data.path={tmp_path}/rows", "data.num_streams=8", "model.d_sae=64",
+                      "batch=256", "samples=512", "logger=none", "report=false", f"run_dir={planted}"))  # fmt: skip
     capsys.readouterr()
     script(monkeypatch, f"run_dir=[{run},{planted}]", "lm=none")
     out = capsys.readouterr().out
