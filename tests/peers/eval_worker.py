@@ -1,10 +1,11 @@
 """The field's own evaluation of a dictionary on given tokens, in the environment of the tool; started by
 test_evaluations.py:
 
-    python eval_worker.py TOOL job.json
+    python eval_worker.py TOOL jobs.json
 
-A job names a folder with a transformers Llama (`model`), a dictionary in sae-lens's format (`sae`), a safetensors file
-with `tokens` [C, L], the ids of special tokens, and where to write the figures. Nothing of sparsepilot is needed here.
+Each job names a folder with a transformers Llama (`model`), a dictionary in sae-lens's format (`sae`), a safetensors
+file with `tokens` [C, L], the ids of special tokens, and where to write the figures. Nothing of sparsepilot is needed
+here.
 """
 
 from __future__ import annotations
@@ -112,10 +113,10 @@ TOOLS = {"sae_lens": sae_lens, "sae_bench": sae_bench}
 def main() -> None:
     os.environ.update(WANDB_MODE="disabled", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     torch.set_num_threads(1)
-    job = json.loads(Path(sys.argv[2]).read_text())
     run = TOOLS[sys.argv[1]]
-    found = {"without": run(job, job["special"]), "with": run(job, [])}
-    Path(job["answer"]).write_text(json.dumps(found))
+    for job in json.loads(Path(sys.argv[2]).read_text()):
+        found = {"without": run(job, job["special"]), "with": run(job, [])}
+        Path(job["answer"]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

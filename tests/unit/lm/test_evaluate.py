@@ -203,23 +203,22 @@ def test_the_script_writes_files_and_a_row_per_run(
     assert 200 <= found["language_model"]["num_predictions"] < 300
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lm": {"id": "gpt2"}}, "was made with the language model"),
-        ({"lm": "gpt2"}, "lm = gpt2: give lm=none"),
-        ({"lm": {"nonsense": 1}}, "nonsense"),
-        ({"cache": "nowhere"}, "nowhere: no activation cache here"),
-        ({"tokens": 0}, "tokens = 0: a positive integer is needed"),
-        ({"rows": "all"}, "rows = all: a positive integer is needed"),
-    ],
-)
-def test_what_cannot_be_evaluated_is_one_line(run: Path, options: dict[str, Any], message: str) -> None:
-    sizes = {name: options.pop(name) for name in ("tokens", "rows") if name in options}
-    with pytest.raises(SparsepilotError) as caught:
-        evaluate(open_subject(str(run), **options), **sizes)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"lm": {"id": "gpt2"}}, {}, "was made with the language model"),
+    ({"lm": "gpt2"}, {}, "lm = gpt2: give lm=none"),
+    ({"lm": {"nonsense": 1}}, {}, "nonsense"),
+    ({"cache": "nowhere"}, {}, "nowhere: no activation cache here"),
+    ({}, {"tokens": 0}, "tokens = 0: a positive integer is needed"),
+    ({}, {"rows": "all"}, "rows = all: a positive integer is needed"),
+]
+
+
+def test_what_cannot_be_evaluated_is_one_line(run: Path) -> None:
+    for options, sizes, message in WRONG:
+        with pytest.raises(SparsepilotError) as caught:
+            evaluate(open_subject(str(run), **options), **sizes)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
     assert not (run / EVALUATION).exists()
 
 
