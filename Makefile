@@ -5,9 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 ARGS   ?=
 PEERS  := .venv-peers
+BENCH  := .venv-saebench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast peers check format clean
+.PHONY: help setup train test test-fast peers saebench check format clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -42,6 +43,15 @@ $(PEERS)/.installed: tests/peers/constraints.txt
 	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@
 
+saebench: $(BENCH)/.installed  ## make .venv-saebench, whose evaluation tests/peers compares ours with
+
+# it needs a numpy below 2; torchvision goes for the reason above
+$(BENCH)/.installed: tests/peers/constraints-saebench.txt
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch sae-bench
+	$(BENCH)/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
+
 check: $(READY)  ## lint, format, types, direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -53,5 +63,5 @@ format: $(READY)  ## put the code into the project's format
 	@$(BIN)/ruff format .
 
 clean:           ## remove caches of tools and the environments; never runs or data
-	rm -rf $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist src/*.egg-info
+	rm -rf $(VENV) $(PEERS) $(BENCH) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

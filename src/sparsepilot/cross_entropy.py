@@ -9,21 +9,14 @@ from typing import Any, Literal
 import torch
 from pydantic import PositiveInt
 
+from sparsepilot.analysis.source import check_model, check_rows, check_source, held_out_contexts
 from sparsepilot.data.cache import Cache
 from sparsepilot.data.datamodule import ActivationData
-from sparsepilot.errors import ConfigError, DataError
-from sparsepilot.lm.capture import capture
-from sparsepilot.lm.harvest import tokenizer_hash
-from sparsepilot.lm.held_out import Contexts, contexts_of_rows
-from sparsepilot.lm.load import LanguageModel, load
+from sparsepilot.errors import ConfigError
+from sparsepilot.lm.load import load
 from sparsepilot.lm.seam import Seam
 from sparsepilot.lm.splice import SplicedCrossEntropy
 from sparsepilot.training.trainee import Sites
-
-_ROWS_FVU = 0.01
-"""Largest share of the variance by which rows of the cache may differ from the model's own activations. On the demo:
-0.0001 by other batches, 0.0002 in float32 for bfloat16, 0.012 where one early token is another."""
-_CHECKED_CONTEXTS = 4
 
 
 def spliced(
@@ -65,12 +58,12 @@ def spliced(
         raise ConfigError(
             "cross_entropy: data.path names several caches, each made by its own language model; set cross_entropy=none"
         )
-    _check_source(cache, lm)
+    check_source(cache, lm, "cross_entropy", "set cross_entropy=none")
     # weights that are about to be overwritten are drawn first: training's own draws must not see it
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         model = load(**{**lm, "dtype": lm.get("dtype", "auto") if dtype is None else dtype})
-    _check_model(cache, model)
-    contexts = _contexts(cache, model)
+    check_model(cache, model)
+    contexts = held_out_contexts(cache, model, "cross_entropy")
     measurement = SplicedCrossEntropy(
         Seam(model, read.name, write.name),
         contexts,
@@ -80,8 +73,7 @@ def spliced(
         batch_contexts=batch_contexts,
         kl=kl,
     )
-    if model.tokenizer.bos_token_id is not None:
-        _check_rows(cache, read.name, model, contexts)
+    check_rows(cache, read.name, model, contexts)
     if not measurement.seam.restarts:
         warnings.warn(
             f"cross_entropy: {model.id} cannot be started at {write.name}, so each measurement runs the whole model",
@@ -100,66 +92,3 @@ def _one_of_each(sites: Sites) -> tuple[Any, Any]:
             "dictionaries that read one site and write one; set cross_entropy=none"
         )
     return sites.reads[0], writes[0]
-
-
-def _check_source(cache: Cache, lm: Mapping[str, Any]) -> None:
-    source = cache.source
-    if "model_id" not in source:
-        raise ConfigError(
-            f"cross_entropy: the cache at data.path = {cache} was not made by a language model; set cross_entropy=none"
-        )
-    if lm["id"] != source["model_id"]:
-        recipe = source.get("recipe", {})
-        gguf, revision = recipe.get("lm.gguf"), recipe.get("lm.revision")
-        give = f"lm=hf lm.id={source['model_id']}"
-        give += f" lm.gguf=<the file {gguf}>" if gguf else ""
-        give += f" lm.revision={revision}" if revision else ""
-        raise ConfigError(
-            f"cross_entropy: the cache at data.path = {cache} was made with the language model {source['model_id']}, "
-            f"lm.id is {lm['id']}; give {give}"
-        )
-
-
-def _check_model(cache: Cache, model: LanguageModel) -> None:
-    source = cache.source
-    for what, here, there in (
-        ("weights are", model.revision, source["model_revision"]),
-        ("tokenizer has the hash", tokenizer_hash(model.tokenizer), source["tokenizer_hash"]),
-    ):
-        if here != there:
-            raise ConfigError(
-                f"lm.id = {model.id}: its {what} {here}, the cache at data.path = {cache} was made with {there}; "
-                "give the model that made the cache (lm.revision, lm.gguf)"
-            )
-
-
-def _contexts(cache: Cache, model: LanguageModel) -> Contexts:
-    start, stop = cache.num_train_rows, cache.num_train_rows + cache.num_val_rows
-    if start == stop:
-        raise ConfigError(
-            f"cross_entropy: the cache at data.path = {cache} has no validation rows; build one with "
-            "data.build.val_fraction above 0"
-        )
-    labels = (cache.tokens(start, stop), cache.positions(start, stop), cache.documents(start, stop))
-    return contexts_of_rows(model.tokenizer, int(cache.source["context_length"]), *labels)
-
-
-def _check_rows(cache: Cache, site: str, model: LanguageModel, contexts: Contexts) -> None:
-    """DataError unless the language model makes, of these contexts, the rows that the cache holds."""
-    mean_D = cache.stats(site).mean_D
-    some = range(0, contexts.num_contexts, -(-contexts.num_contexts // _CHECKED_CONTEXTS))
-    sq_error = sq_deviation = 0.0
-    for c in some:
-        tokens_1L = torch.from_numpy(contexts.tokens_CL[c : c + 1]).long()
-        mask_L = torch.from_numpy(contexts.mask_CL[c])
-        first = cache.num_train_rows + int(contexts.first_row_C[c])
-        stored_RD = cache.read(site, first, first + int(mask_L.sum())).float()
-        live_RD = capture(model, [site], tokens_1L)[site].cpu()[mask_L].float()
-        sq_error += float((live_RD - stored_RD).square().sum())
-        sq_deviation += float((stored_RD - mean_D).square().sum())
-    if not sq_error <= _ROWS_FVU * sq_deviation:
-        raise DataError(
-            f"{cache}: {model.id} gives activations at {site} that differ from the cache's rows by "
-            f"{sq_error / sq_deviation:.2g} of their variance ({_ROWS_FVU} is allowed, for number formats); "
-            "give the model that made the cache"
-        )

@@ -134,9 +134,9 @@ class Seam:
                     given = with_first_tensor(self._templates[-1], put(entry_CLD))
                     stack.enter_context(_replaced_forward(block, lambda *_, **__: given))
                 else:
-                    stack.enter_context(_changed(block, "in", lambda _: entry_CLD))
+                    stack.enter_context(changed(block, "in", lambda _: entry_CLD))
             if not cut_at_output and y_RD is not None:
-                stack.enter_context(_changed(self.lm.model.get_submodule(self._path), self._side, put.once))
+                stack.enter_context(changed(self.lm.model.get_submodule(self._path), self._side, put.once))
             run = self._base if self.head_apart else self.lm.model
             output = run(input_ids=tokens_CL.to(self.lm.device), use_cache=False)
         x = first_tensor(output) if self.head_apart else output.logits
@@ -261,7 +261,7 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 
 @contextmanager
-def _changed(module: nn.Module, side: str, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+def changed(module: nn.Module, side: str, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Changes the first tensor that a module gives (`out`) or is given (`in`); a change to None leaves it."""
 
     def change_first(value: Any) -> Any:

@@ -84,12 +84,12 @@ class SplicedCrossEntropy:
         predicted_CL = contexts.predicted_CL
         counts_C = predicted_CL.sum(axis=1)
         useful_C = np.flatnonzero(counts_C)
-        chosen = useful_C[_spread(counts_C[useful_C], tokens)]
-        self.batches: list[_Batch] = []
+        chosen = useful_C[spread(counts_C[useful_C], tokens)]
+        self.batches: list[TextBatch] = []
         num_batches = -(-len(chosen) // batch_contexts)
         for number in range(num_batches):
             own = chosen[number::num_batches]  # each batch spread over the whole
-            self.batches.append(_Batch.of(contexts, predicted_CL, own))
+            self.batches.append(TextBatch.of(contexts, predicted_CL, own))
         self.num_contexts = len(chosen)
         self.num_tokens = sum(batch.num_predictions for batch in self.batches)
         self._num_often = num_batches
@@ -148,7 +148,7 @@ class SplicedCrossEntropy:
 
     def _run(
         self,
-        batches: list[_Batch],
+        batches: list[TextBatch],
         spliced: Callable[[_Own], Tensor] | None,
         device: torch.device,
         kl: bool = False,
@@ -173,7 +173,7 @@ class SplicedCrossEntropy:
         states_PD = seam.states(own.kept, batch.rows_R, y_RD)[batch.predictions_P.to(seam.lm.device)]
         clean_PD = seam.states(own.kept)[batch.predictions_P.to(seam.lm.device)] if kl else None
         losses, kls = [], []
-        for chunk in _chunks(len(states_PD)):
+        for chunk in chunks(len(states_PD)):
             logits_NV = seam.logits(states_PD[chunk])
             targets_N = batch.targets_P[chunk].to(logits_NV.device)
             losses.append(functional.cross_entropy(logits_NV, targets_N, reduction="none").double().cpu())
@@ -189,7 +189,7 @@ class SplicedCrossEntropy:
     # ------------------------------------------------------------------------------------------------ figures
 
     def _figures(
-        self, batches: list[_Batch], sums_S: NDArray[np.float64], kl_S: NDArray[np.float64] | None
+        self, batches: list[TextBatch], sums_S: NDArray[np.float64], kl_S: NDArray[np.float64] | None
     ) -> dict[str, float]:
         sizes_S = np.concatenate([batch.part_sizes for batch in batches])
         differences_S = sums_S - self._clean[: len(sums_S)]
@@ -217,7 +217,7 @@ class SplicedCrossEntropy:
         return figures
 
 
-class _Batch(NamedTuple):
+class TextBatch(NamedTuple):
     """Contexts that are always run together."""
 
     tokens_CL: Tensor
@@ -236,7 +236,7 @@ class _Batch(NamedTuple):
         return len(self.predictions_P)
 
     @classmethod
-    def of(cls, contexts: Contexts, predicted_CL: NDArray[np.bool_], chosen: NDArray[np.int64]) -> _Batch:
+    def of(cls, contexts: Contexts, predicted_CL: NDArray[np.bool_], chosen: NDArray[np.int64]) -> TextBatch:
         tokens_CL = contexts.tokens_CL[chosen].astype(np.int64)
         predictions_P = np.flatnonzero(predicted_CL[chosen])
         documents_P = contexts.documents_CL[chosen].reshape(-1)[predictions_P].astype(np.int64)
@@ -256,7 +256,7 @@ class _Batch(NamedTuple):
 class _Own(NamedTuple):
     """A batch of this rank, and what its passes start from."""
 
-    batch: _Batch
+    batch: TextBatch
     kept: Kept
 
 
@@ -278,7 +278,7 @@ def clustered_se(sums_S: NDArray[np.float64], sizes_S: NDArray[np.int64], cluste
     return float(np.sqrt(num_clusters / (num_clusters - 1) * np.square(residual_G).sum()) / num)
 
 
-def _spread(counts_C: NDArray[np.int64], wanted: int) -> NDArray[np.int64]:
+def spread(counts_C: NDArray[np.int64], wanted: int) -> NDArray[np.int64]:
     """The fewest evenly spaced contexts with `wanted` predictions among them."""
     num_contexts, total = len(counts_C), int(counts_C.sum())
     if total < wanted or num_contexts < _LEAST_CONTEXTS:
@@ -294,5 +294,5 @@ def _spread(counts_C: NDArray[np.int64], wanted: int) -> NDArray[np.int64]:
     return np.arange(num_contexts)
 
 
-def _chunks(length: int) -> Iterator[slice]:
+def chunks(length: int) -> Iterator[slice]:
     return (slice(start, start + _LOGITS_OF) for start in range(0, length, _LOGITS_OF))
