@@ -39,6 +39,17 @@ PENALTY, FVU = ("model=relu",), ("controller=constrained", "controller.quality=f
         (("controller=l0_target", "controller.trajectory=[[0,8,1]]"), "pairs [share of the budget, L0] are needed"),
         (("controller=l0_target", "controller.trajectory=[]"), "pairs [share of the budget, L0] are needed"),
         (("controller=l0_target", "controller.trajectory=rreference"), "controller.trajectory"),
+        *[
+            (
+                (f"model={model}", "controller=l0_target", "controller.trajectory=[[0,60],[0.01,1]]"),
+                "controller.trajectory: L0 is to fall by 20 nats per step between 0 and 0.01 of the budget; ",
+            )
+            for model in ("relu", "jumprelu")
+        ],
+        (
+            ("model=jumprelu", "controller=pareto", "controller.targets=[64,0.01]", "controller.travel=0.01"),
+            "controller.targets: L0 is to fall by",
+        ),
         (("controller=l0_target", "controller.reach=0"), "controller.reach = 0: should be greater than 0"),
         (
             (*PENALTY, "controller=l0_target", "controller.initial_strength=1e7"),
