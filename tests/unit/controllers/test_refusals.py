@@ -46,10 +46,6 @@ PENALTY, FVU = ("model=relu",), ("controller=constrained", "controller.quality=f
             )
             for model in ("relu", "jumprelu")
         ],
-        (
-            ("model=jumprelu", "controller=pareto", "controller.targets=[64,0.01]", "controller.travel=0.01"),
-            "controller.targets: L0 is to fall by",
-        ),
         (("controller=l0_target", "controller.reach=0"), "controller.reach = 0: should be greater than 0"),
         (
             (*PENALTY, "controller=l0_target", "controller.initial_strength=1e7"),
