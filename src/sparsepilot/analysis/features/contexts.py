@@ -21,7 +21,7 @@ class Shown(NamedTuple):
 
     top: list[int]
     bands: list[list[int]]
-    """Of the sample, by quarters of its order: the largest first."""
+    """Of the sample, by quarters of its order: the largest first. None that `top` has."""
 
 
 def choose(top: Kept, sample: Kept, latents: slice) -> list[Shown]:
@@ -30,12 +30,15 @@ def choose(top: Kept, sample: Kept, latents: slice) -> list[Shown]:
     sample_BN, other_BN = _ordered(sample, latents)
     there_BN = np.take_along_axis(sample.key_FN[latents], sample_BN, axis=1) > 0
     shown = []
-    for slots_N, distinct_N, drawn_N, other_N, there_N in zip(
-        top_BN, distinct_BN, sample_BN, other_BN, there_BN, strict=True
+    top_rows_BN, sample_rows_BN = top.row_FN[latents], sample.row_FN[latents]
+    for i, (slots_N, distinct_N, drawn_N, other_N, there_N) in enumerate(
+        zip(top_BN, distinct_BN, sample_BN, other_BN, there_BN, strict=True)
     ):
+        best = slots_N[distinct_N][:SHOWN_TOP]
+        other_N &= ~np.isin(sample_rows_BN[i][drawn_N], top_rows_BN[i][best])
         ends = np.linspace(0, there_N.sum(), BANDS + 1).round().astype(int)
         bands = [drawn_N[a:b][other_N[a:b]][:SHOWN_PER_BAND].tolist() for a, b in zip(ends, ends[1:], strict=False)]
-        shown.append(Shown(slots_N[distinct_N][:SHOWN_TOP].tolist(), bands))
+        shown.append(Shown(best.tolist(), bands))
     return shown
 
 

@@ -57,8 +57,6 @@ class Scorer:
         tokens, values, sizes = [], [], []
         for latent, each in zip(range(latents.start, latents.stop), shown, strict=True):
             drawn = [slot for band in each.bands for slot in band]
-            rows = set(top.row_FN[latent, each.top].tolist())
-            drawn = [slot for slot in drawn if int(sample.row_FN[latent, slot]) not in rows]
             for kept, slots in ((top, each.top), (sample, drawn)):
                 tokens.append(kept.token_FNW[latent, slots, : BEFORE + 1])
                 values.append(kept.value_FN[latent, slots])
