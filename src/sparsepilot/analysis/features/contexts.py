@@ -1,7 +1,8 @@
-"""Which of the kept contexts are shown: distinct ones from the top, and some from each quarter of a latent's firings."""
+"""Which of the kept contexts are shown: distinct ones from the top, some from each quarter of all firings."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +38,7 @@ def choose(top: Kept, sample: Kept, latents: slice) -> list[Shown]:
         best = slots_N[distinct_N][:SHOWN_TOP]
         other_N &= ~np.isin(sample_rows_BN[i][drawn_N], top_rows_BN[i][best])
         ends = np.linspace(0, there_N.sum(), BANDS + 1).round().astype(int)
-        bands = [drawn_N[a:b][other_N[a:b]][:SHOWN_PER_BAND].tolist() for a, b in zip(ends, ends[1:], strict=False)]
+        bands = [drawn_N[a:b][other_N[a:b]][:SHOWN_PER_BAND].tolist() for a, b in pairwise(ends)]
         shown.append(Shown(best.tolist(), bands))
     return shown
 

@@ -73,8 +73,9 @@ class Kept:
 
 def top_keys(values_C: NDArray[np.float32], rows_C: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Keys that order firings by activation, and equal ones by row, the first first."""
-    bits_C = np.ascontiguousarray(values_C, dtype=np.float32).view(np.uint32).astype(np.uint64)
-    return (bits_C << np.uint64(32)) | (np.uint64(0xFFFFFFFF) - (rows_C.astype(np.uint64) & np.uint64(0xFFFFFFFF)))
+    bits_C: NDArray[np.uint64] = np.ascontiguousarray(values_C, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    before_C: NDArray[np.uint64] = np.uint64(0xFFFFFFFF) - (rows_C.astype(np.uint64) & np.uint64(0xFFFFFFFF))
+    return (bits_C << np.uint64(32)) | before_C
 
 
 def random_keys(latents_C: NDArray[np.int64], rows_C: NDArray[np.int64]) -> NDArray[np.uint64]:

@@ -120,4 +120,5 @@ def rounded(values: NDArray[np.floating] | NDArray[np.integer]) -> NDArray[np.fl
     # powers of ten that are whole numbers are exact, so that a quotient is the double nearest to its decimal digits
     places = DIGITS - 1 - size
     up, down = 10.0 ** np.maximum(places, 0), 10.0 ** np.maximum(-places, 0)
-    return np.round(x * up / down) * down / up
+    near: NDArray[np.float64] = np.round(x * up / down) * down / up
+    return near

@@ -65,7 +65,7 @@ class Scorer:
         a_N = torch.from_numpy(np.concatenate(values))
         return [
             _weighted_cosine(a_n, u_nD) if len(a_n) >= FEWEST_CONTEXTS else None
-            for a_n, u_nD in zip(a_N.split(sizes), u_ND.split(sizes), strict=True)
+            for a_n, u_nD in zip(torch.split(a_N, sizes), torch.split(u_ND, sizes), strict=True)
         ]
 
     def embed(self, tokens_Nw: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""What features are described from: a run's dictionary, its cache, and of its language model what meaning is told by."""
+"""What features are described from: a run's dictionary, its cache, and of its language model its words."""
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -134,7 +133,8 @@ def unembedding(model: LanguageModel) -> Tensor:
         W_VD = head.cpu() * gamma_D
         if bool((ends[2] - ends[3]).abs().max() < 1e-3 * gamma_D.abs().max()):  # a constant vanishes: a LayerNorm
             W_VD = W_VD - W_VD.mean(dim=1, keepdim=True)
-    return W_VD.cpu() - W_VD.mean(dim=0).cpu()
+    centred_VD: Tensor = W_VD.cpu() - W_VD.mean(dim=0).cpu()
+    return centred_VD
 
 
 def _final_norm(model: LanguageModel, width: int) -> torch.nn.Module | None:

@@ -1,13 +1,14 @@
 """One pass over a cache: how often and how strongly each latent fires, and where.
 
 Memory, for F latents, whatever the number of rows: F * (8 * 2 + 8 * NUM_BINS + (TOP + SAMPLE) * (20 + 8 * WIDTH)) bytes
-of state (9.6 kB a latent: 157 MB for 16,384, 627 MB for 65,536), about as much again while it is written, and a digest
-of DIGEST_PAIRS active pairs (some 100 bytes each). No matrix of [rows, latents] is ever made.
+of state (9.6 kB a latent: 158 MB for 16,384, 630 MB for 65,536), and while rows are digested some 200 bytes for each of
+DIGEST_PAIRS active pairs, and those of one piece of PIECE_ROWS more. No matrix of [rows, latents] is ever made.
 """
 
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from sparsepilot.analysis.features.kept import AFTER, BEFORE, NO_TOKEN, WIDTH, Kept, random_keys, top_keys
 from sparsepilot.analysis.features.sparse_codes import SparseEncoder
 from sparsepilot.data.cache import Cache
+from sparsepilot.errors import DataError
 from sparsepilot.ops.select import Pairs
 from sparsepilot.run_folder import replacing
 
@@ -45,7 +47,8 @@ def bin_edges() -> NDArray[np.float64]:
 def bins_of(values_P: NDArray[np.float32]) -> NDArray[np.int64]:
     """Bins of positive activations: exponent and the first two bits of the mantissa are the bin."""
     bits_P = np.ascontiguousarray(values_P, dtype=np.float32).view(np.int32).astype(np.int64)
-    return np.clip((bits_P >> 21) - BINS_PER_OCTAVE * (127 + LOWEST_OCTAVE), 0, NUM_BINS - 1)
+    bins_P: NDArray[np.int64] = np.clip((bits_P >> 21) - BINS_PER_OCTAVE * (127 + LOWEST_OCTAVE), 0, NUM_BINS - 1)
+    return bins_P
 
 
 class Labels(NamedTuple):
@@ -128,19 +131,26 @@ class Survey:
     def save(self, path: Path, identity: Mapping[str, Any]) -> None:
         """Writes all of it, or nothing."""
         with replacing(path, "wb") as file:
-            np.savez(file, identity=np.array(json.dumps(identity)), **self._arrays())
+            np.savez(file, allow_pickle=False, identity=np.array(json.dumps(identity)), **self._arrays())
 
     def restore(self, path: Path, identity: Mapping[str, Any]) -> bool:
-        """Takes up what `save` wrote, and says whether it was there and of the same dictionary, rows and sizes."""
+        """Takes up what `save` wrote, and says whether it was there and of the same identity.
+
+        Raises:
+            DataError: when the file is damaged.
+        """
         if not path.is_file():
             return False
-        with np.load(path, allow_pickle=False) as saved:
-            if json.loads(str(saved["identity"])) != json.loads(json.dumps(identity)):
-                return False
-            for name, array in self._arrays().items():
-                if name != "next_row":
-                    array[...] = saved[name]
-            self.next_row = int(saved["next_row"])
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
+                if json.loads(str(saved["identity"])) != json.loads(json.dumps(identity)):
+                    return False
+                for name, array in self._arrays().items():
+                    if name != "next_row":
+                        array[...] = saved[name]
+                self.next_row = int(saved["next_row"])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path}: is damaged ({error}); remove it and start again") from error
         return True
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
@@ -210,11 +220,16 @@ class Reader:
         self._cache, self._sites, self._encoder, self._num_rows = cache, sites, encoder, num_rows
 
     def gather(self, first_row: int) -> tuple[Labels, Pairs]:
-        """Rows from `first_row`, which begins a context, to about DIGEST_PAIRS active pairs; `rows_P` counts from it."""
+        """Rows from `first_row`, where a context begins, to the end of a shard or to DIGEST_PAIRS pairs, about.
+
+        `rows_P` counts from there.
+        """
+        shard_rows = self._cache.manifest.plan.shard_rows
+        end = min(self._num_rows, (first_row // shard_rows + 1) * shard_rows)
         labels: list[Labels] = []
         found: list[Pairs] = []
         row, num_pairs = first_row, 0
-        while row < self._num_rows and num_pairs < DIGEST_PAIRS:
+        while row < end and num_pairs < DIGEST_PAIRS:
             piece = self._piece(row)
             stop = row + len(piece.tokens_B)
             x_BD = torch.cat([self._cache.read(site, row, stop).float() for site in self._sites], dim=1)
@@ -227,13 +242,11 @@ class Reader:
         )
 
     def _piece(self, start: int) -> Labels:
-        """Labels of some PIECE_ROWS rows from `start`, ending where a context does; of a longer context all that fit."""
+        """Labels of some PIECE_ROWS rows from `start`, ending where a context does; of a longer one what fits."""
         ahead = min(start + PIECE_ROWS + 1, self._num_rows)
         positions_B = self._cache.positions(start, ahead)
         stop = ahead
         if ahead < self._num_rows:
             begins = np.flatnonzero(np.diff(positions_B) <= 0) + 1
             stop = start + int(begins[-1]) if len(begins) else start + PIECE_ROWS
-        return Labels(
-            self._cache.tokens(start, stop), positions_B[: stop - start], self._cache.documents(start, stop)
-        )
+        return Labels(self._cache.tokens(start, stop), positions_B[: stop - start], self._cache.documents(start, stop))

@@ -165,7 +165,7 @@ async function sheet(found, title, note) {
   const cards = found.map((one) => {
     const most = one.top[0]?.[3] ? Math.max(...strengths(one)) : 1;
     const card = make("a", "card", make("header", "", make("b", "", String(one.id)), make("span", "", `score ${fixed(index.columns.score[one.id])}`),
-      make("span", "", percent(index.columns.density[one.id]))), ...one.top.slice(0, SHEET_LINES).map((context) => lineOf(context, one.texts, most)));
+      make("span", "", `on ${percent(index.columns.density[one.id])}`)), ...one.top.slice(0, SHEET_LINES).map((context) => lineOf(context, one.texts, most)));
     if (one.promotes.length) card.append(make("footer", "", "promotes", ...one.promotes.slice(0, 5).map(([id]) => make("span", "word", ...signed(one.texts[id].trim() || one.texts[id], true)))));
     card.href = `#${one.id}`;
     return card;
