@@ -27,7 +27,7 @@ from sparsepilot.analysis.features.source import token_texts, unembedding
 from sparsepilot.analysis.features.survey import NUM_BINS, bin_edges
 from sparsepilot.data.cache import Cache
 from sparsepilot.errors import ConfigError, DataError, SparsepilotError
-from sparsepilot.lm.load import LanguageModel, load
+from sparsepilot.lm.load import LanguageModel
 from sparsepilot.run import train
 
 from .test_cross_entropy import build as build_cache
@@ -231,7 +231,8 @@ def settle(page: Browser, script: str) -> list[int]:
 
 
 def search(page: Browser, text: str) -> list[int]:
-    return settle(page, f"(() => {{const s = document.getElementById('search'); s.value = {json.dumps(text)}; s.oninput();}})()")  # fmt: skip
+    find = "document.getElementById('search')"
+    return settle(page, f"(() => {{const s = {find}; s.value = {json.dumps(text)}; s.oninput();}})()")
 
 
 def sort(page: Browser, by: str) -> list[int]:

@@ -74,7 +74,7 @@ function lineOf(context, texts, most, whole = false) {
     const value = strength.get(i) ?? 0, text = texts[id];
     const part = make("span", i === peak ? "peak" : value ? "token hot" : "token");
     if (value || i === peak) {
-      part.style.setProperty("--a", (0.1 + 0.65 * Math.min(1, value / most)).toFixed(3));
+      part.style.setProperty("--a", (0.09 + 0.56 * Math.min(1, value / most)).toFixed(3));
       part.title = `${JSON.stringify(text)}  ${number(value)}`;
     }
     part.append(...(whole ? [text] : signed(text, i === peak || value > 0)));
@@ -168,6 +168,7 @@ async function sheet(found, title, note) {
       make("span", "", `on ${percent(index.columns.density[one.id])}`)), ...one.top.slice(0, SHEET_LINES).map((context) => lineOf(context, one.texts, most)));
     if (one.promotes.length) card.append(make("footer", "", "promotes", ...one.promotes.slice(0, 5).map(([id]) => make("span", "word", ...signed(one.texts[id].trim() || one.texts[id], true)))));
     card.href = `#${one.id}`;
+    card.querySelector("header").title = "score, and the share of tokens that it fires on";
     return card;
   });
   const again = make("button", "", "draw others");
