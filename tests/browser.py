@@ -68,11 +68,15 @@ class Browser:
     def open(self, page: Path, ready: str) -> None:
         """Opens a file and waits until the expression `ready` is true there."""
         self.call("Page.navigate", url=page.resolve().as_uri())
+        self.wait_for(f"document.readyState === 'complete' && {ready}")
+
+    def wait_for(self, expression: str) -> None:
+        """Waits until a JavaScript expression is true."""
         for _ in range(600):
-            if self.value(f"document.readyState === 'complete' && Boolean({ready})"):
+            if self.value(f"Boolean({expression})"):
                 return
             time.sleep(0.1)
-        raise AssertionError(f"{page} was not ready after a minute; console: {self.complaints}")
+        raise AssertionError(f"{expression} was not true after a minute; console: {self.complaints}")
 
     def value(self, expression: str) -> Any:
         """The value of a JavaScript expression; a promise is waited for."""

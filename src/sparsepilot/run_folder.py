@@ -21,6 +21,7 @@ class RunFolder:
     sae.safetensors   the trained autoencoder, beside sae.json
     summary.json      final value of every metric, samples, wall time, versions
     report/           the pictures, as PNG and SVG, and report.html with all of them; drawn from the files above
+    features/         what scripts/features.py found out about each latent: index.html, features.jsonl
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -32,6 +33,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.summary = self.path / "summary.json"
         self.report = self.path / "report"
+        self.features = self.path / "features"
 
     def exists(self) -> bool:
         """Whether a run was begun here."""

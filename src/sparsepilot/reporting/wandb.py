@@ -112,6 +112,18 @@ def send_pictures(run: Any, folder: RunFolder) -> None:
         run.log({**images, "samples": rows[-1]["samples"]}, step=max(rows[-1]["step"], run.step))
 
 
+def send_features(run: Any, folder: RunFolder) -> None:
+    """Logs the latents that scripts/features.py drew, as a table; nothing where it was not run."""
+    import wandb
+
+    path, rows = folder.features / "sample.json", list(read_rows(folder.metrics))
+    if path.is_file() and rows:
+        latents = json.loads(path.read_text(encoding="utf-8"))
+        columns = list(latents[0]) if latents else []
+        table = wandb.Table(columns=columns, data=[[latent[name] for name in columns] for latent in latents])
+        run.log({"features/sample": table, "samples": rows[-1]["samples"]}, step=max(rows[-1]["step"], run.step))
+
+
 class LiveRun:
     """The online run: rows are sent as checkpoints cover them, none twice over any number of resumes."""
 
@@ -127,8 +139,9 @@ class LiveRun:
         self._sent_step = send(self._run, rows, self._sent_step)
 
     def add_pictures(self) -> None:
-        """Sends the pictures of the run's report."""
+        """Sends the pictures of the run's report, and what is known of its features."""
         send_pictures(self._run, self._folder)
+        send_features(self._run, self._folder)
 
     def close(self) -> None:
         """Waits until everything is sent."""
@@ -136,13 +149,14 @@ class LiveRun:
 
 
 def write_offline_run(folder: RunFolder, settings: Mapping[str, Any]) -> None:
-    """Makes `<run>/wandb` anew from the rows and the report's pictures: one offline run, ready for `wandb sync`."""
+    """Makes `<run>/wandb` anew from rows, pictures and features: one offline run, ready for `wandb sync`."""
     aside = folder.path / "wandb.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     run = begin(folder, settings, "offline", str(aside))
     send(run, read_rows(folder.metrics), after_step=0)
     send_pictures(run, folder)
+    send_features(run, folder)
     run.finish()
     shutil.rmtree(folder.path / "wandb", ignore_errors=True)  # a copy of the rows, made again just now
     os.replace(aside / "wandb", folder.path / "wandb")

@@ -144,3 +144,19 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_json(path, {"a": SimpleNamespace()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_sample_of_features_is_a_table_of_the_run(train_tiny, tmp_path: Path) -> None:
+    train_tiny("logger=wandb", "logger.wandb.mode=disabled")
+    folder = RunFolder(tmp_path / "run")
+    latents = [{"latent": 7, "score": 0.5, "contexts": "a [[b]]"}, {"latent": 3, "score": None, "contexts": ""}]
+    folder.features.mkdir()
+    write_json(folder.features / "sample.json", latents)
+    ours.write_offline_run(folder, {"project": "p", "entity": None, "group": None, "tags": []})
+    (run,) = folder.path.glob("wandb/offline-run-*")
+    (found,) = run.glob("*.wandb")
+    (row,) = (row for row in logged_rows(found) if "features/sample/path" in row)
+    assert (row["features/sample/_type"], row["samples"]) == ("table-file", 5120)
+    table = json.loads((run / "files" / row["features/sample/path"]).read_text())
+    assert table["columns"] == ["latent", "score", "contexts"]
+    assert table["data"] == [[7, 0.5, "a [[b]]"], [3, None, ""]]
