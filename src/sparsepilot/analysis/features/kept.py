@@ -85,4 +85,5 @@ def random_keys(latents_C: NDArray[np.int64], rows_C: NDArray[np.int64]) -> NDAr
     )
     z_C = (z_C ^ (z_C >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z_C = (z_C ^ (z_C >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z_C ^ (z_C >> np.uint64(31))) | np.uint64(1)
+    keys_C: NDArray[np.uint64] = (z_C ^ (z_C >> np.uint64(31))) | np.uint64(1)
+    return keys_C
