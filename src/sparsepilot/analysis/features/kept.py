@@ -75,7 +75,8 @@ def top_keys(values_C: NDArray[np.float32], rows_C: NDArray[np.int64]) -> NDArra
     """Keys that order firings by activation, and equal ones by row, the first first."""
     bits_C: NDArray[np.uint64] = np.ascontiguousarray(values_C, dtype=np.float32).view(np.uint32).astype(np.uint64)
     before_C: NDArray[np.uint64] = np.uint64(0xFFFFFFFF) - (rows_C.astype(np.uint64) & np.uint64(0xFFFFFFFF))
-    return (bits_C << np.uint64(32)) | before_C
+    keys_C: NDArray[np.uint64] = (bits_C << np.uint64(32)) | before_C
+    return keys_C
 
 
 def random_keys(latents_C: NDArray[np.int64], rows_C: NDArray[np.int64]) -> NDArray[np.uint64]:
