@@ -75,8 +75,7 @@ def top_keys(values_C: NDArray[np.float32], rows_C: NDArray[np.int64]) -> NDArra
     """Keys that order firings by activation, and equal ones by row, the first first."""
     bits_C: NDArray[np.uint64] = np.ascontiguousarray(values_C, dtype=np.float32).view(np.uint32).astype(np.uint64)
     before_C: NDArray[np.uint64] = np.uint64(0xFFFFFFFF) - (rows_C.astype(np.uint64) & np.uint64(0xFFFFFFFF))
-    keys_C: NDArray[np.uint64] = (bits_C << np.uint64(32)) | before_C
-    return keys_C
+    return (bits_C << np.uint64(32)) | before_C
 
 
 def random_keys(latents_C: NDArray[np.int64], rows_C: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -86,4 +85,5 @@ def random_keys(latents_C: NDArray[np.int64], rows_C: NDArray[np.int64]) -> NDAr
     )
     z_C = (z_C ^ (z_C >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z_C = (z_C ^ (z_C >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z_C ^ (z_C >> np.uint64(31))) | np.uint64(1)
+    keys_C: NDArray[np.uint64] = (z_C ^ (z_C >> np.uint64(31))) | np.uint64(1)
+    return keys_C
