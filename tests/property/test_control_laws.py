@@ -104,6 +104,20 @@ def test_a_slew_limit_of_twice_the_trajectory_is_enough(plant: Simulated, spare:
 
 
 @law
+@given(st.builds(Simulated, **{**BASE, "gain": log_range(0.5, 3)}), log_range(0.002, 0.02), log_range(0.1, 10))
+def test_a_plant_that_integrates_is_brought_to_rest(plant: Simulated, pace: float, wrong: float) -> None:
+    """JumpReLU's thresholds: ln L0 moves by `pace` per step and nat of ln(strength) off its balance, which is a lag of
+    gain / pace, 25 to 1,500 steps. A run has 6,000; from a pace of 0.001 on down it swings (damping 0.4 and less)."""
+    plant.lag, num_steps = plant.gain / pace, 2 * STEPS
+    controller = L0Target(target_l0=plant.target, initial_strength=plant.right * wrong)
+    controller.bind(penalty(plant.right, num_steps, integrates=True))
+    errors = [math.log(l0 / plant.target) for l0 in drive(controller, plant, num_steps)]
+    tail = errors[-num_steps // 10 :]
+    assert max(map(abs, tail)) <= 0.04
+    assert abs(errors[-1]) <= 0.02
+
+
+@law
 @given(st.builds(Simulated, **BASE), st.floats(0.3, 1.0), st.floats(0.3, 1.0), wrong_starts)
 def test_a_plant_that_saturates_close_to_the_target_settles(
     plant: Simulated, above: float, below: float, wrong: float

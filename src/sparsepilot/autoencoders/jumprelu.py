@@ -118,6 +118,7 @@ class JumpReLU(Penalised):
         super().adopt(tensors)
         if "threshold" in tensors:
             self.log_threshold.copy_(tensors["threshold"].clamp_min(1e-6).log())
+            self.last_log_threshold.copy_(self.log_threshold)
 
     def inference_tensors(self) -> dict[str, Tensor]:
         return {**super().inference_tensors(), "threshold": self.thresholds().detach()}
