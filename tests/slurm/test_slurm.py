@@ -147,10 +147,10 @@ def test_usr1_saves_and_requeues_and_the_job_goes_on(slurm: Slurm, unbroken: Pat
     job = slurm.train()
     job.wait_for_a_step()
     slurm.ask("scancel", "--signal=USR1", job.number)
-    wait_for("end of the first start", lambda: "is back in the queue" in job.out)
+    wait_for("end of the first start", lambda: "goes back into the queue" in job.out)
     job.wait("COMPLETED", 300)
     assert job.out.count("stopped and saved at") == 1
-    assert job.out.count(f"job {job.number} is back in the queue") == 1
+    assert job.out.count(f"job {job.number} goes back into the queue") == 1
     assert job.out.count(f"resuming {job.folder} at") == 1
     assert run_differences(unbroken, job.folder) == []
 

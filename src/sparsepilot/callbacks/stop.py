@@ -29,19 +29,20 @@ def leave_signals_alone(trainer: L.Trainer) -> None:
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
-def requeue() -> str:
-    """Has Slurm put this job back into its queue; says how that went. Slurm ends what is left of it."""
+def requeue() -> None:
+    """Has Slurm put this job back into its queue; says so first, as Slurm ends what is left of it at once."""
     env = os.environ
     job = env["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in env:
         job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    print(f"job {job} goes back into the queue", flush=True)
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"job {job} could not be put back into the queue: {error}"
+        print(f"job {job} could not be put back into the queue: {error}", flush=True)
+        return
     if done.returncode != 0:
-        return f"job {job} could not be put back into the queue: {' '.join(done.stderr.split())}"
-    return f"job {job} is back in the queue"
+        print(f"job {job} could not be put back into the queue: {' '.join(done.stderr.split())}", flush=True)
 
 
 class StopAtStep(Checkpoint):
@@ -88,7 +89,7 @@ class StopAtStep(Checkpoint):
                 where = self._folder.path
                 print(f"stopped and saved at {pl_module.samples:,} samples; run_dir={where} goes on there", flush=True)
                 if later and "SLURM_JOB_ID" in os.environ:
-                    print(requeue(), flush=True)
+                    requeue()
             raise SystemExit(0)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
