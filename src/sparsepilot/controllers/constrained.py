@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Unpack
+from typing import Annotated, Literal, Unpack
 
 from pydantic import Field, PositiveFloat
 
-from sparsepilot.controllers.base import Controller, Measured, Plant
+from sparsepilot.controllers.base import Measured, Plant
+from sparsepilot.controllers.closed_loop import ClosedLoop
 from sparsepilot.controllers.l0_loop import FEWEST, L0Loop, LoopSettings, lowest_l0
 from sparsepilot.controllers.laws import average, clamp, keep_of
 from sparsepilot.errors import ConfigError
@@ -22,7 +23,7 @@ HOPELESS_AFTER = 0.125
 """Share of the budget, after waiting, in which the target must have been met once."""
 
 
-class Constrained(Controller):
+class Constrained(ClosedLoop):
     """Maximises sparsity subject to quality <= target, in the manner of GECO (Rezende & Viola 2018, arXiv 1810.00597).
 
         d ln L0* / dn = rate * v,   v = ln(excess / allowed excess), counted from -1 to 1
@@ -43,6 +44,8 @@ class Constrained(Controller):
         recover: the same, towards denser.
         loop: settings of the inner loop.
     """
+
+    own_state = ("strength", "_set_point", "_value", "_wanted", "_moved_at", "_best", "_said")
 
     def __init__(
         self,
@@ -142,23 +145,8 @@ class Constrained(Controller):
             )
             self._said = True
 
-    def disturb(self, factor: float) -> None:
-        self.loop.disturb(factor)
-        self.strength = self.loop.strength
-
     def readings(self) -> dict[str, float]:
-        readings = self.loop.readings()
+        readings = super().readings()
         if self._value is not None and self._wanted is not None:
             readings |= {"quality": self._value, "quality_target": self._wanted}
         return readings
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"loop": self.loop.state_dict(), **{name: getattr(self, name) for name in STATE}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loop.load_state_dict(state["loop"])
-        for name in STATE:
-            setattr(self, name, state[name])
-
-
-STATE = ("strength", "_set_point", "_value", "_wanted", "_moved_at", "_best", "_said")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Unpack
+from typing import Annotated, Literal, Unpack
 
 from pydantic import Field, PositiveFloat
 
-from sparsepilot.controllers.base import Controller, Measured, Plant
+from sparsepilot.controllers.base import Measured, Plant
+from sparsepilot.controllers.closed_loop import ClosedLoop
 from sparsepilot.controllers.l0_loop import L0Loop, LoopSettings, lowest_l0
 from sparsepilot.controllers.trajectory import (
     REFERENCE,
@@ -24,7 +25,7 @@ FOLLOWED_PER_LAG = 0.6
 """Nats by which the set point goes down, in a lag of the loop, with an L0 that falls by itself."""
 
 
-class L0Target(Controller):
+class L0Target(ClosedLoop):
     """Holds the L0 of held-out rows on a trajectory that ends at `target_l0` (`L0Loop` says how).
 
     Args:
@@ -35,6 +36,8 @@ class L0Target(Controller):
         reach: share of the budget at which the target is reached.
         loop: settings of the inner loop.
     """
+
+    own_state = ("strength", "_set_point")
 
     def __init__(
         self,
@@ -90,18 +93,3 @@ class L0Target(Controller):
     def observe(self, row: Mapping[str, object], samples: int) -> dict[str, float]:
         self.loop.observe(row, self._set_point)
         return {}
-
-    def disturb(self, factor: float) -> None:
-        self.loop.disturb(factor)
-        self.strength = self.loop.strength
-
-    def readings(self) -> dict[str, float]:
-        return self.loop.readings()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"loop": self.loop.state_dict(), "set_point": self._set_point}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loop.load_state_dict(state["loop"])
-        self.strength = self.loop.strength
-        self._set_point = state["set_point"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Unpack
+from typing import Annotated, Unpack
 
 from pydantic import Field, PositiveFloat
 
-from sparsepilot.controllers.base import Controller, Measured, Plant
+from sparsepilot.controllers.base import Measured, Plant
+from sparsepilot.controllers.closed_loop import ClosedLoop
 from sparsepilot.controllers.l0_loop import L0Loop, LoopSettings, lowest_l0
 from sparsepilot.controllers.laws import average, keep_of
 from sparsepilot.controllers.trajectory import check_breakpoints, glide
@@ -19,7 +20,7 @@ SETTLED = 0.02
 SETTLED_OVER = 5.0
 
 
-class Pareto(Controller):
+class Pareto(ClosedLoop):
     """Steps the set point through a list of L0 values and records (L0, FVU, cross-entropy) of held-out rows at each.
 
     What is left of the budget is shared out evenly among the values that are left. Of its share a value spends `travel`
@@ -33,6 +34,8 @@ class Pareto(Controller):
         hold: share of each share after which a settled value is left.
         loop: settings of the inner loop.
     """
+
+    own_state = ("strength", "_at", "_since", "_settled_since", "_asked", "_set_point", "_mean_error")
 
     def __init__(
         self,
@@ -105,21 +108,3 @@ class Pareto(Controller):
         if not self._last:
             self._at, self._since, self._settled_since, self._asked = self._at + 1, samples, -1, False
         return found
-
-    def disturb(self, factor: float) -> None:
-        self.loop.disturb(factor)
-        self.strength = self.loop.strength
-
-    def readings(self) -> dict[str, float]:
-        return self.loop.readings()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"loop": self.loop.state_dict(), **{name: getattr(self, name) for name in STATE}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loop.load_state_dict(state["loop"])
-        for name in STATE:
-            setattr(self, name, state[name])
-
-
-STATE = ("strength", "_at", "_since", "_settled_since", "_asked", "_set_point", "_mean_error")
