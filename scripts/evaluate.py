@@ -12,7 +12,6 @@ docs/evaluation.md says what each figure means.
 
 from __future__ import annotations
 
-import glob
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sparsepilot.config.cli import arguments, user_errors
+from sparsepilot.config.cli import arguments, run_paths, user_errors
 from sparsepilot.errors import ConfigError
 from sparsepilot.process_memory import keep_freed_memory
-from sparsepilot.run_folder import RunFolder
 
 FIELDS: dict[str, Any] = {
     "run_dir": "???", "cache": None, "lm": None, "tokens": 10_000, "rows": 100_000, "batch_contexts": 4, "out": None,
@@ -51,10 +49,7 @@ def main() -> None:
     from sparsepilot.analysis.evaluate import evaluate, open_subject, write_evaluation
 
     cfg = arguments(sys.argv[1:], FIELDS)
-    given = cfg["run_dir"] if isinstance(cfg["run_dir"], list) else [cfg["run_dir"]]
-    paths = [path for name in given for path in _paths(str(name))]
-    if not paths:
-        raise ConfigError("run_dir = []: at least one run is needed")
+    paths = run_paths(cfg["run_dir"])
     keep_freed_memory()
     subjects = [open_subject(path, cfg["cache"], cfg["lm"]) for path in paths]
     folders = _folders(paths, cfg["out"])
@@ -107,16 +102,6 @@ def _folders(paths: list[str], out: str | None) -> list[Path]:
         return [Path(out)]
     names = [Path(path).name for path in paths]
     return [Path(out) / (name if names.count(name) == 1 else f"{i}-{name}") for i, name in enumerate(names)]
-
-
-def _paths(name: str) -> list[str]:
-    """The run folders that a name with wildcards means; any other name as it is."""
-    if not glob.has_magic(name):
-        return [name]
-    found = [path for path in sorted(glob.glob(name)) if RunFolder(path).exists()]
-    if not found:
-        raise ConfigError(f"run_dir = {name}: no run folder (with a config.yaml) matches")
-    return found
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ python scripts/report.py schedule=reference [samples=...] [out=...]   # a learni
 
 from __future__ import annotations
 
-import glob
 import inspect
 import sys
 from pathlib import Path
 
-from sparsepilot.config.cli import arguments, user_errors
-from sparsepilot.errors import ConfigError
+from sparsepilot.config.cli import arguments, run_paths, user_errors
 from sparsepilot.run_folder import RunFolder
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -28,22 +26,8 @@ def main() -> None:
     from sparsepilot.reporting.report import write_report
 
     cfg = arguments(sys.argv[1:], {"run_dir": "???", "out": None})
-    given = cfg["run_dir"] if isinstance(cfg["run_dir"], list) else [cfg["run_dir"]]
-    paths = [path for name in given for path in _paths(str(name))]
-    folders = [RunFolder(path) for path in paths]
-    if not folders:
-        raise ConfigError("run_dir = []: at least one run is needed")
+    folders = [RunFolder(path) for path in run_paths(cfg["run_dir"])]
     print(write_report(folders, Path(cfg["out"] or (folders[0].report if len(folders) == 1 else COMPARISON))))
-
-
-def _paths(name: str) -> list[str]:
-    """The run folders that a name with wildcards means; any other name as it is."""
-    if not glob.has_magic(name):
-        return [name]
-    found = [path for path in sorted(glob.glob(name)) if RunFolder(path).exists()]
-    if not found:
-        raise ConfigError(f"run_dir = {name}: no run folder (with a config.yaml) matches")
-    return found
 
 
 def draw_schedule(given: list[str]) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import inspect
 import os
 import re
@@ -23,6 +24,7 @@ from sparsepilot.config.resolvers import register_resolvers
 from sparsepilot.config.schema import Config, register
 from sparsepilot.errors import ConfigError, RankError, SaidElsewhere, SparsepilotError, nearest
 from sparsepilot.process_memory import ask_for_huge_pages
+from sparsepilot.run_folder import RunFolder
 
 
 def run(main: Callable[[], None], ranks_alike: bool = False) -> None:
@@ -149,3 +151,25 @@ def _with_value(key: str) -> str:
         if equals and name == key:
             return f"{key} = {value}"
     return key
+
+
+def run_paths(given: Any) -> list[str]:
+    """What `run_dir=a`, `run_dir=[a,b]` or `run_dir=sweep/*` names: wildcards stand for run folders.
+
+    Raises:
+        ConfigError: where nothing is named, or nothing matches.
+    """
+    names = [str(name) for name in (given if isinstance(given, list) else [given])]
+    paths = [path for name in names for path in _matching(name)]
+    if not paths:
+        raise ConfigError("run_dir = []: at least one run is needed")
+    return paths
+
+
+def _matching(name: str) -> list[str]:
+    if not glob.has_magic(name):
+        return [name]
+    found = [path for path in sorted(glob.glob(name)) if RunFolder(path).exists()]
+    if not found:
+        raise ConfigError(f"run_dir = {name}: no run folder (with a config.yaml) matches")
+    return found
