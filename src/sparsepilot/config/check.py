@@ -254,7 +254,8 @@ def _check_ranks(trainer: dict[str, Any]) -> None:
 def _check_controller(plain: dict[str, Any]) -> None:
     """What a controller needs of other groups; its `bind` says the rest once the model is there."""
     node, d_sae = plain["controller"], plain["model"].get("d_sae")
-    wants_ce = node["_target_"].endswith(".Constrained") and node.get("quality") != "fvu"
+    instantiate(node, _convert_="all")  # says what its fields have to do with each other
+    wants_ce = node.get("quality", "fvu") != "fvu"  # every other quality is the language model's
     if wants_ce and plain["cross_entropy"] is None:
         raise ConfigError(
             f"controller.quality = {node['quality']}: is not measured; set cross_entropy=spliced, or "

@@ -19,6 +19,7 @@ WAITING = 1e-3
 """Strength while waiting, as a share of the model's coefficient."""
 FARTHEST = 1.0
 """Nats that the set point may be away from the L0 that there is."""
+DEFAULT_FVU = 0.1
 HOPELESS_AFTER = 0.125
 """Share of the budget, after waiting, in which the target must have been met once."""
 
@@ -38,7 +39,7 @@ class Constrained(ClosedLoop):
         quality: what must not get worse: `fvu` of the training batches; or of the language model on held-out text
             (cross_entropy=spliced, best measured often) `ce`, its cross-entropy in nats per token, `ce_increase`, the
             same above the clean model's, or `ce_gap`, that increase as a share of the mean-ablated model's.
-        target: what it may be at most.
+        target: what it may be at most; None: 0.1 for `fvu`, and not to be left out for the others.
         wait: share of the budget for which a penalty stays near 0, a k where it starts.
         climb: nats of ln L0* per 1% of the budget, towards sparser.
         recover: the same, towards denser.
@@ -50,12 +51,18 @@ class Constrained(ClosedLoop):
     def __init__(
         self,
         quality: Literal["fvu", "ce", "ce_increase", "ce_gap"],
-        target: PositiveFloat,
+        target: PositiveFloat | None = None,
         wait: Annotated[float, Field(ge=0, lt=1)] = 0.125,
         climb: PositiveFloat = 0.3,
         recover: PositiveFloat = 1.2,
         **loop: Unpack[LoopSettings],
     ) -> None:
+        if target is None:
+            if quality != "fvu":
+                raise ConfigError(
+                    f"controller.target = null: quality={quality} has no default; say what it may be at most"
+                )
+            target = DEFAULT_FVU
         if quality == "ce_gap" and target >= 1:
             raise ConfigError(f"controller.target = {target:g}: a ce_gap is a share, below 1, of clean to mean-ablated")
         if recover < climb:

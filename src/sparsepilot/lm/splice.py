@@ -21,6 +21,7 @@ Reconstruct = Callable[[Tensor], Tensor]
 """[N, D] raw fp32 activations of the site that is read -> [N, D'] raw reconstructions of the site that is written"""
 
 _LEAST_CONTEXTS = 2  # a standard error needs two
+_MOST_APART = 2.0  # factor between the increases on the whole set and on its subset that is believed
 _LOGITS_OF = 256  # positions whose logits exist at a time: 50 MB with a vocabulary of 49,000, 260 MB with 256,000
 
 
@@ -43,8 +44,9 @@ class SplicedCrossEntropy:
     - `kl`: mean of KL(clean || spliced) over the same predictions.
 
     The set is spread evenly over the contexts given. A smaller one for measurements that are made `often` is the first
-    batches of it, spread in the same way; there `ce` is the whole set's ce_clean plus the subset's difference, so that
-    both stand on one scale.
+    batches of it, spread in the same way; there `ce` is the whole set's ce_clean plus the subset's difference, times
+    `correction`: the ratio of the two sets' differences in the last measurement of the whole. So both stand on one
+    scale, though a small set has a bias of its own. The ratio is state, which a resumed run must have again.
 
     A batch has the same contexts whatever the ranks and the measurement; ranks share out batches, and sums travel by
     document and context before they are added up. So all ranks hold the same number, and as many ranks as one.
@@ -98,6 +100,7 @@ class SplicedCrossEntropy:
             fewest = -(-_LEAST_CONTEXTS // batch_contexts)
             self._num_often = min(num_batches, max(fewest, 1 + int(np.searchsorted(so_far, often_tokens))))
         self.num_often_tokens = sum(batch.num_predictions for batch in self.batches[: self._num_often])
+        self.correction = 1.0
         self._own: list[_Own] | None = None
         self._clean = self._zero = self._mean = np.zeros(0)
 
@@ -127,7 +130,18 @@ class SplicedCrossEntropy:
                 return reconstruct(x_RD.to(device, torch.float32))
 
             sums_S, kl_S = self._run(batches, spliced, device, kl=self._kl and last)
-        return self._figures(batches, sums_S, kl_S)
+        if not often:
+            self._learn_correction(sums_S)
+        return self._figures(batches, sums_S, kl_S, self.correction if often else 1.0)
+
+    def _learn_correction(self, sums_S: NDArray[np.float64]) -> None:
+        differences_S = sums_S - self._clean
+        sizes_S = np.concatenate([batch.part_sizes for batch in self.batches])
+        num_often = sum(len(batch.part_sizes) for batch in self.batches[: self._num_often])
+        whole = differences_S.sum() / sizes_S.sum()
+        subset = differences_S[:num_often].sum() / sizes_S[:num_often].sum()
+        if whole > 0 and subset > 0:
+            self.correction = float(np.clip(whole / subset, 1 / _MOST_APART, _MOST_APART))
 
     @property
     def kept_bytes(self) -> int:
@@ -189,10 +203,14 @@ class SplicedCrossEntropy:
     # ------------------------------------------------------------------------------------------------ figures
 
     def _figures(
-        self, batches: list[TextBatch], sums_S: NDArray[np.float64], kl_S: NDArray[np.float64] | None
+        self,
+        batches: list[TextBatch],
+        sums_S: NDArray[np.float64],
+        kl_S: NDArray[np.float64] | None,
+        correction: float,
     ) -> dict[str, float]:
         sizes_S = np.concatenate([batch.part_sizes for batch in batches])
-        differences_S = sums_S - self._clean[: len(sums_S)]
+        differences_S = (sums_S - self._clean[: len(sums_S)]) * correction
         difference = float(differences_S.sum() / sizes_S.sum())
         clean = float(self._clean.sum() / self.num_tokens)
         zero, mean = (clean + float((s - self._clean).sum()) / self.num_tokens for s in (self._zero, self._mean))

@@ -21,6 +21,9 @@ Row = dict[str, float | int | list[int]]
 class CrossEntropy(Protocol):
     """What `Validation` needs of `lm.splice.SplicedCrossEntropy`, which says what the figures mean."""
 
+    correction: float
+    """state: what measurements made often are multiplied with"""
+
     def measure(
         self,
         reconstruct: Callable[[Tensor], Tensor],
@@ -114,6 +117,14 @@ class Validation(nn.Module):
         device = self._trainee[0].scale_in.device
         figures = self._cross_entropy.measure(self._reconstruct, often=often, last=last, device=device)
         return {f"val/{name}": value for name, value in figures.items()}
+
+    def get_extra_state(self) -> dict[str, float]:
+        """What measurements between validations hang on."""
+        return {} if self._cross_entropy is None else {"correction": self._cross_entropy.correction}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        if self._cross_entropy is not None and "correction" in state:
+            self._cross_entropy.correction = state["correction"]
 
     def _reconstruct(self, x_BD: Tensor) -> Tensor:
         """[B, d_out] raw, from the one site that is read: the others' columns have no say in it."""

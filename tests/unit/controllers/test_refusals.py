@@ -77,7 +77,10 @@ PENALTY, FVU = ("model=relu",), ("controller=constrained", "controller.quality=f
             for quality in ("ce", "ce_increase", "ce_gap")
         ],
         (("controller=constrained", "controller.quality=loss"), "controller.quality = 'loss': should be 'fvu', 'ce'"),
-        (("controller=constrained", "controller.target=null"), "controller.target = None: should be a valid number"),
+        (
+            ("controller=constrained", "controller.quality=ce_gap", "cross_entropy=spliced"),
+            "controller.target = null: quality=ce_gap has no default",
+        ),
         ((*FVU, "controller.target=-1"), "controller.target = -1: should be greater than 0"),
         ((*FVU, "controller.climb=2"), "controller.recover = 1.2: at least controller.climb = 2 is needed"),
         ((*FVU, "controller.wait=1"), "controller.wait = 1: should be less than 1"),

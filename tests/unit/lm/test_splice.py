@@ -286,6 +286,23 @@ def test_the_set_is_spread_and_a_smaller_one_stands_on_its_scale() -> None:
         all_of(lm, contexts, "model.layers.1", tokens=9999)
 
 
+def test_what_a_small_set_is_biased_by_is_taken_off() -> None:
+    contexts = make_contexts(num=40)
+    lm = make("llama")
+
+    def of(**settings: Any) -> SplicedCrossEntropy:
+        return all_of(lm, contexts, "model.layers.1", tokens=200, often_tokens=50, batch_contexts=2, **settings)
+
+    corrected, plain = of(), of()
+    full = corrected.measure(lambda x_ND: 0.0 * x_ND)
+    assert corrected.measure(lambda x_ND: 0.0 * x_ND, often=True)["ce"] == pytest.approx(full["ce"], rel=1e-9)
+    assert corrected.correction != pytest.approx(1.0, abs=0.01)
+    increases = [c.measure(lambda x_ND: 0.1 * x_ND, often=True)["ce"] - full["ce_clean"] for c in (corrected, plain)]
+    assert increases[0] == pytest.approx(corrected.correction * increases[1], rel=1e-9)
+    plain.correction = corrected.correction  # as a resumed run has it from its checkpoint
+    assert plain.measure(lambda x_ND: 0.1 * x_ND, often=True)["ce"] == full["ce_clean"] + increases[0]
+
+
 def test_a_reconstruction_that_is_nan_is_said() -> None:
     ce = all_of(make("llama"), make_contexts(), "model.layers.1")
     with pytest.raises(NonFiniteError, match="val/ce is nan"):
