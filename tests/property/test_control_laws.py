@@ -223,3 +223,14 @@ def test_the_pure_law_obeys_its_clamps_and_its_rate_for_any_errors(
         if (state.proportional + before.integral - state.output) * error > 0:  # pressed against a limit
             assert (state.integral, state.drift) == (before.integral, before.drift)
             assert state.at_limit
+
+
+@law
+@given(st.builds(Simulated, **{**BASE, "gain": log_range(3, 8), "lag": st.floats(3, 8)}), st.integers(3, 6))
+def test_a_plant_that_answers_sooner_and_more_strongly_than_expected_is_not_kept_swinging(
+    plant: Simulated, dead_time: int
+) -> None:
+    """As ReLU with L1 near its collapse: an answer of up to 8 nats a nat, as late as the plant's own time, all of it
+    within half a lag of the loop. It ends at the target, with what is left of a swing inside 4%."""
+    plant.dead_time = dead_time
+    assert_settles(run(plant, 1.0)[1])

@@ -11,6 +11,9 @@ from pydantic import PositiveFloat
 from sparsepilot.callbacks.steps import ended_optimizer_step
 from sparsepilot.training.module import TrainingModule
 
+LR_FOR = 0.01
+"""Share of the budget."""
+
 
 class Disturb(L.Callback):
     """After the step that passes `at`, disturbs what is steered (or, with `strength`, what steers).
@@ -20,14 +23,29 @@ class Disturb(L.Callback):
         thresholds: is added to every latent's threshold, in units of scaled pre-activations.
         strength: the controller's strength is multiplied by it.
         data_scale: all inputs from there on are multiplied by it.
+        lr: the learning rate is multiplied by it, for 1% of the budget.
     """
 
-    def __init__(self, at: int, thresholds: float = 0.0, strength: float = 1.0, data_scale: float = 1.0) -> None:
-        self.at, self.thresholds, self.strength, self.data_scale = at, thresholds, strength, data_scale
+    def __init__(
+        self,
+        at: int,
+        thresholds: float = 0.0,
+        strength: float = 1.0,
+        data_scale: float = 1.0,
+        lr: float = 1.0,
+    ) -> None:
+        self.at, self.thresholds, self.strength, self.data_scale, self.lr = at, thresholds, strength, data_scale, lr
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A run that resumes behind `at` has its inputs scaled; the rest is in its state."""
+        """A run that resumes behind `at` has its inputs scaled; the rest is in its state, or hangs on the clock."""
         module = cast(TrainingModule, pl_module)
+        undisturbed = module.schedule
+
+        def schedule(samples: int, total_samples: int) -> float:
+            for_now = self.at <= samples < self.at + LR_FOR * total_samples
+            return undisturbed(samples, total_samples) * (self.lr if for_now else 1.0)
+
+        module.schedule = schedule
         if module.samples >= self.at:
             self._scale_data(module)
 
@@ -51,6 +69,10 @@ class Disturb(L.Callback):
 
 
 def disturbance(
-    at: PositiveFloat, thresholds: float = 0.0, strength: PositiveFloat = 1.0, data_scale: PositiveFloat = 1.0
+    at: PositiveFloat,
+    thresholds: float = 0.0,
+    strength: PositiveFloat = 1.0,
+    data_scale: PositiveFloat = 1.0,
+    lr: PositiveFloat = 1.0,
 ) -> None:
     """The signature of `callbacks.disturb`; there `at` is a share of the budget."""

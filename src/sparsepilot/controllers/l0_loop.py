@@ -20,7 +20,7 @@ SMOOTH, SLOPE_OVER, RATIO_OVER = 0.1, 0.5, 1.0
 """In lags: averages of L0, of the error for its slope and for the ratio."""
 LARGEST_RATIO = 0.25
 """Nats between the L0 of held-out rows and of training that are believed."""
-FOLLOWING, INTEGRATING = (1.0, 1.0, 20.0), (6.0, 10.0, math.inf)
+FOLLOWING, INTEGRATING = (1.0, 1.0, 20.0), (6.0, 5.0, math.inf)
 """Factor of the proportional gain; integral and drift times in lags. A plant that integrates already wants mostly P."""
 BEGIN = 0.1
 """Strength at the start, as a share of the model's own coefficient: one that is too weak costs a little time, one that
@@ -30,11 +30,14 @@ COLLAPSING, BRAKE = -0.7, 5.0
 ln(strength) goes down by so many nats in a lag, whatever the gains."""
 FADE_IN = 3.0
 """Lags over which a penalty fades in, quadratically, so that one far too strong is seen before it kills."""
+SWING, SWING_OVER = 0.02, 3.0
+"""Rms of the error's fast part at which the gain is halved, and the lags over which it is taken: near the collapse a
+plant answers several times as strongly, and sooner than its lag, and the loop alone would keep it swinging."""
 RATE = 10.0
 """Nats that ln(strength) moves at most in a lag."""
 STATE = (
     "strength", "_pi", "_estimate", "_mean_l0", "_mean_set_point", "_slow_error", "_train_error", "_log_ratio",
-    "_error", "_slewing", "_steps",
+    "_error", "_slewing", "_steps", "_swing",
 )  # fmt: skip
 
 
@@ -120,6 +123,7 @@ class L0Loop:
         self._log_ratio = 0.0
         self._error = 0.0
         self._slewing = False
+        self._swing = (0.0, 0.0)
         self._steps = 0
         if plant.kind == "penalty":
             self.strength = self._faded_in()
@@ -167,17 +171,27 @@ class L0Loop:
         assert self._mean_l0 is not None
         answer = math.log(max(self._mean_l0, FEWEST))
         self._estimate = estimate_gain(self._estimate, self._pi.output, answer, batch, lag)
-        gains = self._gains._replace(proportional=self._proportional / self._estimate.gain)
         # an error that will be gone within a lag at its present pace needs nothing more than what made it go
         self._slow_error = average(self._slow_error, self._error, keep_of(batch, SLOPE_OVER * lag))
         in_a_lag = self._error + (self._error - self._slow_error) / SLOPE_OVER
         self._slewing = measured.coherence > COHERENT
+        proportional = self._proportional / self._estimate.gain / self._soften(batch, lag)
+        gains = self._gains._replace(proportional=proportional)
         if self._error < COLLAPSING and in_a_lag < self._error:
             integral = clamp(self._pi.integral - BRAKE * batch / lag, gains.low, gains.high)
             self._pi = self._pi._replace(integral=integral, drift=0.0)
         self._pi = pi_step(self._pi, self._error, batch, gains, hold=self._slewing or in_a_lag * self._error < 0)
         self._steps += 1
         self.strength = self._faded_in()
+
+    def _soften(self, batch: int, lag: float) -> float:
+        """What the gain is divided by, so that an oscillation does not feed itself."""
+        assert self._slow_error is not None
+        fast = self._error - self._slow_error
+        mean = average(self._swing[0], fast, keep_of(batch, lag))
+        variance = average(self._swing[1], (fast - mean) ** 2, keep_of(batch, SWING_OVER * lag))
+        self._swing = (mean, variance)
+        return 1.0 + variance / SWING**2
 
     def _faded_in(self) -> float:
         share = min(1.0, (self._steps + 1) / (FADE_IN * self.lag_steps))

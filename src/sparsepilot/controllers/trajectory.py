@@ -12,6 +12,10 @@ from sparsepilot.errors import ConfigError
 REFERENCE = ((0.0, 8000.0), (0.125, 200.0), (0.25, 80.0), (0.375, 40.0), (0.5, 20.0), (1.0, 4.0))
 """L0 of the reference run (200M samples) by share of its budget."""
 
+EASE = 2.0
+"""Power of the share of the way that is left: 1 would be a straight line into a corner, where a plant that needs more
+strength to fall than to stay is left with too much of it."""
+
 Breakpoints = Sequence[Sequence[float]]
 
 
@@ -32,17 +36,18 @@ def set_point(breakpoints: Breakpoints, done: float) -> float:
 def glide(before: float, l0: float, target: float, samples: float, left: float, followed: float) -> float:
     """The set point `samples` later, on the way to a target that is due when `left` samples have passed.
 
-    It falls log-linearly; where L0 is already lower, early in training and by itself, it goes down with it, by at most
-    `followed` nats per sample, instead of holding L0 up. It never rises, and never goes below the target.
+    ln L0 comes in along a parabola, ever more slowly; where L0 is already lower, early in training and by itself, it
+    goes down with it, by at most `followed` nats per sample, instead of holding L0 up. It never rises, and never goes
+    below the target.
 
-    >>> round(glide(100, 100, 25, samples=1, left=2, followed=0.1))
+    >>> round(glide(100, 100, 25, samples=1, left=4, followed=0.1))
     50
     >>> round(glide(100, 40, 25, samples=1, left=1000, followed=0.1), 1), glide(100, 5, 25, 1, 1000, followed=10)
     (90.5, 25.0)
     """
     if before <= target or left <= samples:
         return float(target)
-    line = before * math.exp(math.log(target / before) * samples / left)
+    line = before * math.exp(math.log(target / before) * min(1.0, EASE * samples / left))
     return max(float(target), min(line, max(l0, before * math.exp(-followed * samples))))
 
 

@@ -58,7 +58,7 @@ class TrainingModule(L.LightningModule):
         self.trainees = nn.ModuleDict(trainees)
         self.validations = nn.ModuleDict(validations)
         self._make_optimizer = optimizer
-        self._schedule = schedule
+        self.schedule = schedule
         self.batch = batch
         self.total_samples = total_samples
         self.clip_norm = clip_norm
@@ -127,7 +127,7 @@ class TrainingModule(L.LightningModule):
 
         All of it happens before any callback sees the end of the step, so a checkpoint never holds half a step.
         """
-        lr = self._schedule(self.samples, self.total_samples)
+        lr = self.schedule(self.samples, self.total_samples)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         optimizer.step(closure=optimizer_closure)  # runs the micro-batch's forward and backward, too

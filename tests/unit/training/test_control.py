@@ -79,10 +79,13 @@ def test_a_run_logs_what_readings_promises(train_tiny, tmp_path: Path, name: str
 
 
 BREAKS = {
-    "l0_target jumprelu": ("model=jumprelu", *CLOSED["l0_target"]),
+    "l0_target jumprelu, disturbed": (
+        "model=jumprelu", *CLOSED["l0_target"],
+        "callbacks.disturb={at: 0.25, data_scale: 1.2, strength: 3, thresholds: 0.02, lr: 2}",
+    ),
     "constrained relu": ("model=relu", *CLOSED["constrained"]),
     "pareto batchtopk": ("model=batchtopk", *CLOSED["pareto"]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.slow  # three starts of train.py
