@@ -13,7 +13,7 @@ controller set but the target and, for penalties, a start strength that is `--st
                  in means over 1% of the budget; asked: 40%
     lowest       the smoothed L0's minimum as a share of the target; asked: 80%
 
-The planted data are this project's, at 256 dimensions, 512 features, 16 of them active; the demo's are the README's.
+control/cells.py has the data and their settings.
 """
 
 from __future__ import annotations
@@ -21,41 +21,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from control.cells import DATA, MODELS, PENALTIES, Where, initial_strength, rows_of, train, words_of
 from peers.common import write_json
 
-from sparsepilot.controllers.l0_loop import BEGIN
 from sparsepilot.reporting.environment import environment
-from sparsepilot.rows import read_rows
 
-ROOT = Path(__file__).resolve().parents[1]
-MODELS = {
-    "relu": ["model=relu"],
-    "relu tanh": ["model=relu", "model.penalty=tanh"],
-    "jumprelu": ["model=jumprelu"],
-    "jumprelu wide": ["model=jumprelu", "model.recipe=tanh"],
-    "gated": ["model=gated"],
-    "batchtopk": ["model=batchtopk"],
-    "matryoshka": ["model=matryoshka"],
-}
-PENALTIES = ("relu", "relu tanh", "jumprelu", "jumprelu wide", "gated")
-DATA = {
-    "planted": [
-        "data=synthetic", "data.path={scratch}/planted", "data.build.d_in=256", "data.build.num_features=512",
-        "data.build.mean_active=16", "data.build.noise=0.1", "model.d_sae=512", "samples=1_536_000", "batch=512",
-        "optimizer.lr=2e-3",
-    ],
-    "demo": ["data.path={cache}", "model.d_sae=2048", "samples=1_228_800", "batch=512", "optimizer.lr=1e-3"],
-}  # fmt: skip
 ASKED = {"l0_error": 0.02, "rms": 0.04, "settled": 0.4, "lowest": 0.8}
 
 
@@ -96,30 +72,15 @@ def passes(cell: dict[str, Any]) -> bool:
     )
 
 
-def initial_strength(model: str, start: float) -> list[str]:
-    """The override that makes a penalty begin at `start` times its default strength."""
-    if model not in PENALTIES or start == 1.0:
-        return []
-    node = OmegaConf.load(ROOT / "conf" / "model" / f"{model.split()[0]}.yaml")
-    return [f"controller.initial_strength={start * BEGIN * node['coefficient']:.4g}"]
-
-
-def run_cell(args: argparse.Namespace, data: str, model: str, target: float, start: float, out: Path) -> None:
-    run_dir = out.with_suffix("")
-    overrides = [word.format(scratch=args.scratch, cache=args.cache) for word in DATA[data]]
+def run_cell(where: Where, seed: int, data: str, model: str, target: float, start: float, out: Path) -> None:
     words = [
-        *overrides, *MODELS[model], "controller=l0_target", f"controller.target_l0={target:g}", f"seed={args.seed}",
-        *initial_strength(model, start), "logger=none", "report=false", f"threads={args.threads}",
-        "callbacks.log_every_steps=1", f"run_dir={run_dir}",
+        *words_of(where, data, model), "controller=l0_target", f"controller.target_l0={target:g}", f"seed={seed}",
+        *initial_strength(model, start),
     ]  # fmt: skip
-    began_s = time.perf_counter()
-    with out.with_suffix(".txt").open("w", encoding="utf-8") as file:
-        quiet = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        command = [sys.executable, str(ROOT / "train.py"), *words]
-        subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=quiet, check=True)
-    result = judge(list(read_rows(run_dir / "metrics.jsonl")), target)
-    about = {"data": data, "model": model, "target": target, "start": start, "seed": args.seed, "command": words}
-    write_json(out, {**about, **result, "wall_s": time.perf_counter() - began_s, "environment": environment()})
+    seconds = train(where, out.stem, words)
+    about = {"data": data, "model": model, "target": target, "start": start, "seed": seed, "command": words}
+    result = judge(rows_of(where, out.stem), target)
+    write_json(out, {**about, **result, "wall_s": seconds, "environment": environment()})
 
 
 def cells(args: argparse.Namespace) -> list[tuple[str, str, float, float]]:
@@ -128,9 +89,9 @@ def cells(args: argparse.Namespace) -> list[tuple[str, str, float, float]]:
     return [cell for cell in every if cell[3] == 1.0 or cell[1] in PENALTIES]
 
 
-def path_of(args: argparse.Namespace, cell: tuple[str, str, float, float]) -> Path:
+def name_of(cell: tuple[str, str, float, float], seed: int) -> str:
     data, model, target, start = cell
-    return Path(args.scratch / f"{data}-{model.replace(' ', '-')}-{target:g}-start{start:g}-seed{args.seed}.json")
+    return f"{data}-{model.replace(' ', '-')}-{target:g}-start{start:g}-seed{seed}"
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -154,26 +115,19 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=ROOT / "cache" / "demo")
+    Where.arguments(parser)
     parser.add_argument("--data", nargs="+", default=list(DATA), choices=list(DATA))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--targets", nargs="+", type=float, default=[8.0, 32.0, 128.0])
     parser.add_argument("--starts", nargs="+", type=float, default=[1.0, 100.0, 0.01])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--hold", type=Path, default=None, help="no run begins while this file exists")
-    parser.add_argument("--table", action="store_true", help="the table of what is there")
     args = parser.parse_args()
-    args.scratch = args.scratch.resolve()
-    args.scratch.mkdir(parents=True, exist_ok=True)
+    where = Where.of(args)
     found = []
     for cell in cells(args):
-        out = path_of(args, cell)
-        while args.hold and args.hold.exists():
-            time.sleep(2)
+        out = where.scratch / f"{name_of(cell, args.seed)}.json"
         if not out.exists() and not args.table:
-            run_cell(args, *cell, out)
+            run_cell(where, args.seed, *cell, out)
             print(table([json.loads(out.read_text(encoding="utf-8"))]).splitlines()[2], file=sys.stderr, flush=True)
         if out.exists():
             found.append(json.loads(out.read_text(encoding="utf-8")))

@@ -1,0 +1,96 @@
+"""The settings that all of them share, and one run of train.py in them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from sparsepilot.controllers.l0_loop import BEGIN
+from sparsepilot.rows import read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = {
+    "relu": ["model=relu"],
+    "relu tanh": ["model=relu", "model.penalty=tanh"],
+    "jumprelu": ["model=jumprelu"],
+    "jumprelu wide": ["model=jumprelu", "model.recipe=tanh"],
+    "gated": ["model=gated"],
+    "batchtopk": ["model=batchtopk"],
+    "matryoshka": ["model=matryoshka"],
+}
+PENALTIES = ("relu", "relu tanh", "jumprelu", "jumprelu wide", "gated")
+DATA = {
+    "planted": [
+        "data=synthetic", "data.path={scratch}/planted", "data.build.d_in=256", "data.build.num_features=512",
+        "data.build.mean_active=16", "data.build.noise=0.1", "model.d_sae=512", "samples=1_536_000", "batch=512",
+        "optimizer.lr=2e-3",
+    ],
+    "demo": ["data.path={cache}", "model.d_sae=2048", "samples=1_228_800", "batch=512", "optimizer.lr=1e-3"],
+}  # fmt: skip
+"""The planted data are this project's, at 256 dimensions, 512 features, 16 of them active; the demo's the README's."""
+
+
+class Where(NamedTuple):
+    """What a campaign is told on its command line."""
+
+    scratch: Path
+    cache: Path
+    threads: int
+    hold: Path | None
+
+    @classmethod
+    def arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--scratch", type=Path, required=True, help="folder of the runs and results, resumable")
+        parser.add_argument("--cache", type=Path, default=ROOT / "cache" / "demo")
+        parser.add_argument("--threads", type=int, default=1)
+        parser.add_argument("--hold", type=Path, default=None, help="no run begins while this file exists")
+        parser.add_argument("--table", action="store_true", help="the table of what is there; runs nothing")
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Where:
+        scratch = args.scratch.resolve()
+        scratch.mkdir(parents=True, exist_ok=True)
+        return cls(scratch, args.cache, args.threads, args.hold)
+
+
+def words_of(where: Where, data: str, model: str) -> list[str]:
+    """Overrides of train.py for a model on some data."""
+    return [word.format(scratch=where.scratch, cache=where.cache) for word in DATA[data]] + MODELS[model]
+
+
+def initial_strength(model: str, start: float) -> list[str]:
+    """The override that makes a penalty begin at `start` times its default strength."""
+    if model not in PENALTIES or start == 1.0:
+        return []
+    node = OmegaConf.load(ROOT / "conf" / "model" / f"{model.split()[0]}.yaml")
+    return [f"controller.initial_strength={start * BEGIN * node['coefficient']:.4g}"]
+
+
+def finished(where: Where, name: str) -> bool:
+    """Whether this run is there."""
+    return (where.scratch / name / "summary.json").exists()
+
+
+def train(where: Where, name: str, words: list[str]) -> float:
+    """Runs train.py, or goes on with it, in the run folder `name`; returns seconds."""
+    while where.hold and where.hold.exists():
+        time.sleep(2)
+    run_dir, began_s = where.scratch / name, time.perf_counter()
+    fixed = ["logger=none", "report=false", f"threads={where.threads}", "callbacks.log_every_steps=1"]
+    with (where.scratch / f"{name}.txt").open("w", encoding="utf-8") as file:
+        quiet = {**os.environ, "OMP_NUM_THREADS": str(where.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        command = [sys.executable, str(ROOT / "train.py"), *words, *fixed, f"run_dir={run_dir}"]
+        subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=quiet, check=True)
+    return time.perf_counter() - began_s
+
+
+def rows_of(where: Where, name: str) -> list[dict[str, Any]]:
+    """The rows that a run has logged."""
+    return list(read_rows(where.scratch / name / "metrics.jsonl"))
