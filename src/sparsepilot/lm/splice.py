@@ -45,8 +45,8 @@ class SplicedCrossEntropy:
 
     The set is spread evenly over the contexts given. A smaller one for measurements that are made `often` is the first
     batches of it, spread in the same way; there `ce` is the whole set's ce_clean plus the subset's difference, times
-    `correction`: the ratio of the two sets' differences in the last measurement of the whole. So both stand on one
-    scale, though a small set has a bias of its own. The ratio is state, which a resumed run must have again.
+    `correction`: the ratio of the two sets' differences in the last measurement of the whole, which gives it. So both
+    stand on one scale, though a small set has a bias of its own.
 
     A batch has the same contexts whatever the ranks and the measurement; ranks share out batches, and sums travel by
     document and context before they are added up. So all ranks hold the same number, and as many ranks as one.
@@ -100,19 +100,25 @@ class SplicedCrossEntropy:
             fewest = -(-_LEAST_CONTEXTS // batch_contexts)
             self._num_often = min(num_batches, max(fewest, 1 + int(np.searchsorted(so_far, often_tokens))))
         self.num_often_tokens = sum(batch.num_predictions for batch in self.batches[: self._num_often])
-        self.correction = 1.0
         self._own: list[_Own] | None = None
         self._clean = self._zero = self._mean = np.zeros(0)
 
     @torch.no_grad()
     def measure(
-        self, reconstruct: Reconstruct, *, often: bool = False, last: bool = False, device: torch.device | None = None
+        self,
+        reconstruct: Reconstruct,
+        *,
+        often: bool = False,
+        correction: float = 1.0,
+        last: bool = False,
+        device: torch.device | None = None,
     ) -> dict[str, float]:
         """The figures above, equal on all ranks. The first call also runs the clean model and the ablations.
 
         Args:
             reconstruct: of the dictionary, as at inference.
             often: on the smaller set.
+            correction: of a measurement made often, as the last one of the whole set has given it.
             last: whether this is the one measurement that gives `kl`, for as much time again.
             device: of `reconstruct`; None: the language model's.
 
@@ -130,18 +136,17 @@ class SplicedCrossEntropy:
                 return reconstruct(x_RD.to(device, torch.float32))
 
             sums_S, kl_S = self._run(batches, spliced, device, kl=self._kl and last)
-        if not often:
-            self._learn_correction(sums_S)
-        return self._figures(batches, sums_S, kl_S, self.correction if often else 1.0)
+        figures = self._figures(batches, sums_S, kl_S, correction if often else 1.0)
+        return figures if often else {**figures, "correction": self._correction(sums_S)}
 
-    def _learn_correction(self, sums_S: NDArray[np.float64]) -> None:
+    def _correction(self, sums_S: NDArray[np.float64]) -> float:
         differences_S = sums_S - self._clean
         sizes_S = np.concatenate([batch.part_sizes for batch in self.batches])
         num_often = sum(len(batch.part_sizes) for batch in self.batches[: self._num_often])
         whole = differences_S.sum() / sizes_S.sum()
         subset = differences_S[:num_often].sum() / sizes_S[:num_often].sum()
-        if whole > 0 and subset > 0:
-            self.correction = float(np.clip(whole / subset, 1 / _MOST_APART, _MOST_APART))
+        alike = whole > 0 and subset > 0
+        return float(np.clip(whole / subset, 1 / _MOST_APART, _MOST_APART)) if alike else 1.0
 
     @property
     def kept_bytes(self) -> int:

@@ -21,18 +21,16 @@ Row = dict[str, float | int | list[int]]
 class CrossEntropy(Protocol):
     """What `Validation` needs of `lm.splice.SplicedCrossEntropy`, which says what the figures mean."""
 
-    correction: float
-    """state: what measurements made often are multiplied with"""
-
     def measure(
         self,
         reconstruct: Callable[[Tensor], Tensor],
         *,
         often: bool = False,
+        correction: float = 1.0,
         last: bool = False,
         device: torch.device | None = None,
     ) -> dict[str, float]:
-        """Figures by name, equal on all ranks."""
+        """Figures by name, equal on all ranks; where not `often`, with the `correction` of those made often."""
 
 
 class Validation(nn.Module):
@@ -64,6 +62,7 @@ class Validation(nn.Module):
         self.firing = FiringDensity(d_sae)
         self.recovery = DictionaryRecovery(planted_TD) if planted_TD is not None else None
         self._cross_entropy = cross_entropy
+        self._correction = 1.0
 
     @torch.no_grad()
     def update(self, x_BD: Tensor) -> None:
@@ -115,16 +114,18 @@ class Validation(nn.Module):
         if self._cross_entropy is None:
             return {}
         device = self._trainee[0].scale_in.device
-        figures = self._cross_entropy.measure(self._reconstruct, often=often, last=last, device=device)
+        figures = self._cross_entropy.measure(
+            self._reconstruct, often=often, correction=self._correction, last=last, device=device
+        )
+        self._correction = figures.pop("correction", self._correction)
         return {f"val/{name}": value for name, value in figures.items()}
 
     def get_extra_state(self) -> dict[str, float]:
         """What measurements between validations hang on."""
-        return {} if self._cross_entropy is None else {"correction": self._cross_entropy.correction}
+        return {"correction": self._correction}
 
     def set_extra_state(self, state: dict[str, float]) -> None:
-        if self._cross_entropy is not None and "correction" in state:
-            self._cross_entropy.correction = state["correction"]
+        self._correction = state["correction"]
 
     def _reconstruct(self, x_BD: Tensor) -> Tensor:
         """[B, d_out] raw, from the one site that is read: the others' columns have no say in it."""

@@ -290,17 +290,17 @@ def test_what_a_small_set_is_biased_by_is_taken_off() -> None:
     contexts = make_contexts(num=40)
     lm = make("llama")
 
-    def of(**settings: Any) -> SplicedCrossEntropy:
-        return all_of(lm, contexts, "model.layers.1", tokens=200, often_tokens=50, batch_contexts=2, **settings)
-
-    corrected, plain = of(), of()
-    full = corrected.measure(lambda x_ND: 0.0 * x_ND)
-    assert corrected.measure(lambda x_ND: 0.0 * x_ND, often=True)["ce"] == pytest.approx(full["ce"], rel=1e-9)
-    assert corrected.correction != pytest.approx(1.0, abs=0.01)
-    increases = [c.measure(lambda x_ND: 0.1 * x_ND, often=True)["ce"] - full["ce_clean"] for c in (corrected, plain)]
-    assert increases[0] == pytest.approx(corrected.correction * increases[1], rel=1e-9)
-    plain.correction = corrected.correction  # as a resumed run has it from its checkpoint
-    assert plain.measure(lambda x_ND: 0.1 * x_ND, often=True)["ce"] == full["ce_clean"] + increases[0]
+    ce = all_of(lm, contexts, "model.layers.1", tokens=200, often_tokens=50, batch_contexts=2)
+    full = ce.measure(lambda x_ND: 0.0 * x_ND)
+    correction = full["correction"]
+    assert correction != pytest.approx(1.0, abs=0.01)
+    same = ce.measure(lambda x_ND: 0.0 * x_ND, often=True, correction=correction)
+    assert same["ce"] == pytest.approx(full["ce"], rel=1e-9)
+    plain, corrected = (
+        ce.measure(lambda x_ND: 0.1 * x_ND, often=True, correction=by)["ce"] - full["ce_clean"]
+        for by in (1.0, correction)
+    )
+    assert corrected == pytest.approx(correction * plain, rel=1e-9)
 
 
 def test_a_reconstruction_that_is_nan_is_said() -> None:
