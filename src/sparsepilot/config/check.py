@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from sparsepilot.callbacks.disturb import disturbance
 from sparsepilot.config.instantiate import instantiate
 from sparsepilot.config.signature import check_fields, check_target
+from sparsepilot.config.trainees import each_alone, naming
 from sparsepilot.errors import ConfigError
 from sparsepilot.lm import load as lm_load
 from sparsepilot.lm import text as lm_text
@@ -27,7 +28,14 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: one line that names the field, its value and what would be right.
     """
-    plain = _complete(cfg)
+    _complete(cfg)
+    for name, alone in each_alone(cfg).items():
+        with naming(cfg, name):
+            _check_one(_complete(alone))
+
+
+def _check_one(plain: dict[str, Any]) -> None:
+    """Of a run with one trainee."""
     _check_numbers(plain)
     wiring = {k: v for k, v in plain["model"].items() if k in WIRING}
     check_fields("model", wiring, wire, given=("data",))
@@ -140,7 +148,7 @@ def _check_cross_entropy(plain: dict[str, Any]) -> None:
     node, data, sites = plain["cross_entropy"], plain["data"], plain["model"].get("sites")
     if "_target_" not in node:
         raise ConfigError("cross_entropy: has no _target_; use cross_entropy=spliced, or cross_entropy=none")
-    check_target("cross_entropy", node, given=("data", "sites", "lm"))
+    check_target("cross_entropy", node, given=("data", "sites", "lm", "loaded"))
     check_fields("lm", plain["lm"], lm_load.load)
     build = data.get("build")
     if build is not None and not build["_target_"].endswith("build_from_lm"):

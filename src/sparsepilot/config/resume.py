@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -46,7 +47,8 @@ def allowed_changes(was: dict[str, Any], now: dict[str, Any]) -> list[Change]:
 def _is_allowed(change: Change) -> bool:
     if change.field == "samples":
         return bool(change.now >= change.was)
-    return any(change.field == name or change.field.startswith(name + ".") for name in FREE)
+    field = re.sub(r"^trainees\.[^.]+\.", "", change.field)
+    return any(field == name or field.startswith(name + ".") for name in FREE)
 
 
 def differences(was: Any, now: Any, prefix: str = "") -> Iterator[Change]:
