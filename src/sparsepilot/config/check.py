@@ -100,13 +100,8 @@ def _check_data(plain: dict[str, Any]) -> None:
 
 
 def _check_lm_and_text(plain: dict[str, Any]) -> None:
-    for group, target, choices in (
-        ("lm", lm_load.load, "smollm2, hf"),
-        ("text", lm_text.documents, "python_docs, files, hf_dataset"),
-    ):
-        if not isinstance(plain[group], dict):
-            raise ConfigError(f"{group} = {plain[group]}: the data group needs one; choose from {group}={choices}")
-        check_fields(group, plain[group], target)
+    check_fields("lm", plain["lm"], lm_load.load)
+    check_fields("text", plain["text"], lm_text.documents)
 
 
 def _try_optimizer(node: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -18,13 +19,11 @@ from warm import Warm
 
 from sparsepilot.caching import build_cache
 from sparsepilot.data.source import TextRows
-from sparsepilot.errors import ConfigError, DataError, SparsepilotError
+from sparsepilot.errors import DataError, SparsepilotError
 from sparsepilot.live.datamodule import LiveData
 from sparsepilot.live.rows import LiveRows
 from sparsepilot.lm.capture import capture
 from sparsepilot.lm.load import load
-from sparsepilot.lm.pack import pack
-from sparsepilot.lm.text import documents
 from sparsepilot.rows import read_rows
 from sparsepilot.run import train
 
@@ -56,7 +55,8 @@ def data(texts: Path, tiny_folder: Path, tmp_path: Path) -> Callable[..., LiveDa
         fields = {
             "sites": SITES, "num_streams": STREAMS, "window_mb": 1, "val_rows": 300, "dtype": "float32",
             "context_length": CONTEXT, "batch_contexts": BATCH_CONTEXTS, "val_fraction": 0.2, "stats_rows": 1000,
-            "lm": {"id": str(tiny_folder), "dtype": "float32"}, "text": {"source": "files", "paths": [f"{texts}/*.txt"]},
+            "lm": {"id": str(tiny_folder), "dtype": "float32"},
+            "text": {"source": "files", "paths": [f"{texts}/*.txt"]},
             "folder": str(tmp_path / "run"), "batch": 64, "accumulate": 1, "total_samples": 64 * 200, "seed": 0,
         }  # fmt: skip
         return LiveData(**{**fields, **changed})
@@ -88,10 +88,7 @@ def contexts_of(rows: TextRows, start: int, stop: int) -> dict[bytes, dict[str, 
     labels_N3 = np.stack([rows.tokens(start, stop), positions_N, rows.documents(start, stop)], axis=1)
     borders = [*np.flatnonzero(np.diff(positions_N, prepend=CONTEXT) <= 0).tolist(), stop - start]
     x = {site: rows.read(site, start, stop) for site in SITES}
-    return {
-        labels_N3[a:b].tobytes(): {site: x[site][a:b] for site in SITES}
-        for a, b in zip(borders, borders[1:], strict=False)
-    }
+    return {labels_N3[a:b].tobytes(): {site: x[site][a:b] for site in SITES} for a, b in itertools.pairwise(borders)}
 
 
 def test_the_rows_are_those_of_a_cache_of_the_same_text(
@@ -175,3 +172,134 @@ def _batches_of(module: LiveData, stream: int, start: int, stop: int) -> int:
     return len(
         {*zip(passes.tolist(), np.searchsorted(module.rows.first_rows, rows, side="right").tolist(), strict=True)}
     )
+
+
+def test_a_run_without_a_cache(
+    compose_cfg: Any, overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed and started again: equal bits, statistics not taken twice, and no more text run again than the window."""
+    spliced = ("cross_entropy=spliced", "cross_entropy.tokens=300")
+    made: list[LiveRows] = []
+    monkeypatch.setattr(LiveRows, "__init__", _noted(LiveRows.__init__, made))
+    whole = train(compose_cfg(*overrides(*spliced, f"run_dir={tmp_path}/whole")))
+    assert {"val/fvu", "val/ce", "val/kl", "train/loss"} <= whole["metrics"].keys()
+
+    # in step 14, after the checkpoint at step 12
+    command = ["train.py", *overrides(*spliced, f"run_dir={tmp_path}/broken")]
+    ended = launch(command, {"SPARSEPILOT_FAULT": "mid-step:14"})
+    assert ended.code == -9, ended.out
+    monkeypatch.setattr(LiveRows, "measure", None)
+    train(compose_cfg(*command[1:]))
+    assert run_differences(tmp_path / "whole", tmp_path / "broken") == []
+
+    unbroken, resumed = made
+    measured = -(-1000 // unbroken.chunk_rows) + 1
+    held_out = -(-unbroken.num_val_rows // 40) + 1
+    window = 2 * 2**20 // (2 * 128) // unbroken.chunk_rows + STREAMS  # two blocks of each stream, its ends cut
+    assert resumed.passes < (unbroken.passes - measured - held_out) / 2 + window + held_out
+
+
+def _noted(init: Callable[..., None], made: list[LiveRows]) -> Callable[..., None]:
+    def noted(self: LiveRows, *args: Any) -> None:
+        init(self, *args)
+        made.append(self)
+
+    return noted
+
+
+@pytest.fixture
+def warm(tmp_path: Path) -> Iterator[Warm]:
+    made = Warm(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.mark.slow  # five processes with transformers
+def test_two_ranks_train_as_one_and_one_goes_on_for_two(overrides: Overrides, tmp_path: Path, warm: Warm) -> None:
+    def watched(name: str, *more: str) -> list[str]:
+        return ["tests/distributed/watched.py", *overrides(f"run_dir={tmp_path}/{name}", "samples=4096", *more)]
+
+    def environment(name: str) -> dict[str, str]:
+        return {"WATCHED": f"{tmp_path}/{name}-{{rank}}.jsonl"}
+
+    def seen(name: str, rank: int = 0) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (tmp_path / f"{name}-{rank}.jsonl").read_text().splitlines()]
+
+    assert warm(watched("one"), environment("one")).code == 0
+    two = ["trainer=ddp_gloo", "trainer.devices=2"]
+    for rank, ended in enumerate(
+        warm.ranks(2, watched("two", *two), environment("two"), {1: {"SPARSEPILOT_FAULT": "mid-step:11"}})
+    ):
+        assert ended.code != 0, (rank, ended.out)
+    ended = warm(watched("two"), environment("after"))
+    assert ended.code == 0, ended.out
+    assert "at 2,048 samples" in ended.out
+    for alone, *ranks in zip(seen("one"), seen("two"), seen("two", 1), strict=False):
+        assert [row for rank in ranks for row in rank["rows"]] == alone["rows"]
+    for alone, after in zip(seen("one")[8:], seen("after"), strict=True):
+        assert after["rows"] == alone["rows"]
+    losses = [
+        [row["train/loss"] for row in read_rows(tmp_path / name / "metrics.jsonl") if "train/loss" in row]
+        for name in ("one", "two")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("~lm",), "lm: missing; set lm=..."),
+        (("~text",), "text: missing; set text=..."),
+        (("data.sites=[model.layers.9]",), "site 'model.layers.9': no such submodule in"),
+        (("data.sites=[]",), "sites=[] names nothing to read"),
+        (("data.window_mb=2",), "data.window_mb = 2: the rows of the whole text are 1 MiB, and the language model"),
+        (("data.batch_contexts=64",), "data.num_streams = 8: each stream holds two batches of data.batch_contexts"),
+        (("data.context_length=100",), "data.context_length=100: "),
+        (("data.val_fraction=1",), "data.val_fraction = 1: should be less than 1"),
+        (("data.dtype=int8",), "data.dtype = 'int8': should be 'float16', 'bfloat16' or 'float32'"),
+        (("data.max_tokens=9",), "text: one document cannot be split; give at least two, or data.val_fraction=0"),
+        (("data.lm_device=abacus",), "lm.device='abacus': not a torch device"),
+        (("data.lm_device=[cpu,cpu]",), "data.lm_device = ['cpu', 'cpu']: 1 ranks run on this machine; name so many"),
+        (("+data.path=here",), "data.path = 'here': there is no such field"),
+        (("trainer=ddp_gloo", "trainer.devices=3"), "3 ranks cannot share data.num_streams = 8 equally"),
+        (("cross_entropy=spliced", "data.val_fraction=0"), "cross_entropy: data.val_fraction = 0 holds out no text"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_line_before_training(
+    compose_cfg: Any, overrides: Overrides, tmp_path: Path, more: tuple[str, ...], message: str
+) -> None:
+    left_out = {word[1:] for word in more if word.startswith("~")}
+    given = [word for word in overrides(*more) if word.split("=")[0].split(".")[0] not in left_out]
+    with pytest.raises(SparsepilotError) as caught:
+        train(compose_cfg(*given))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_text_or_model_than_the_run_was_begun_with(
+    data: Callable[..., LiveData], texts: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    first = data()
+    first.record()
+    again = data(seed=1)
+    assert all(
+        torch.equal(a, b) for site in SITES for a, b in [(first.cache.stats(site)[0], again.cache.stats(site)[0])]
+    )
+
+    shutil.copytree(texts, tmp_path / "changed")
+    (tmp_path / "changed" / "7.txt").write_text("a b c")
+    changed = {"source": "files", "paths": [f"{tmp_path}/changed/*.txt"]}
+    shutil.copytree(tiny_folder, tmp_path / "tuned")
+    model = load(str(tmp_path / "tuned"), dtype="float32").model
+    model.model.layers[0].mlp.up_proj.weight.data += 1
+    model.save_pretrained(tmp_path / "tuned")
+    for change, what in (
+        ({"text": changed}, "the text is another, or its documents have other names"),
+        ({"lm": {"id": str(tmp_path / "tuned"), "dtype": "float32"}}, "the language model's weights are sha256:"),
+        ({"lm": {"id": str(tiny_folder), "dtype": "bfloat16"}}, "the language model runs in bfloat16, and was float32"),
+        ({"batch_contexts": 5}, "data.batch_contexts is 5, and was 4"),
+    ):
+        with pytest.raises(DataError, match=what):
+            data(**change)
