@@ -17,9 +17,11 @@ from conftest import ROOT
 from rich.console import Console
 from warm import Warm
 
+from sparsepilot.analysis.evaluate import open_subject
+from sparsepilot.analysis.features.source import open_source
 from sparsepilot.caching import build_cache
 from sparsepilot.data.source import TextRows
-from sparsepilot.errors import DataError, SparsepilotError
+from sparsepilot.errors import ConfigError, DataError, SparsepilotError
 from sparsepilot.live.datamodule import LiveData
 from sparsepilot.live.rows import LiveRows
 from sparsepilot.lm.capture import capture
@@ -191,6 +193,11 @@ def test_a_run_without_a_cache(
     monkeypatch.setattr(LiveRows, "measure", None)
     train(compose_cfg(*command[1:]))
     assert run_differences(tmp_path / "whole", tmp_path / "broken") == []
+
+    with pytest.raises(ConfigError, match="its rows were live and are not kept; give a cache of its sites"):
+        open_subject(tmp_path / "whole")
+    with pytest.raises(ConfigError, match="its rows were live and are not kept; give a cache of its sites"):
+        open_source(str(tmp_path / "whole"))
 
     unbroken, resumed = made
     measured = -(-1000 // unbroken.chunk_rows) + 1
