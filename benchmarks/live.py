@@ -1,8 +1,9 @@
 """Training on live activations beside training from a cache of the same text, in samples per second.
 
     python benchmarks/live.py --scratch /tmp/live -- samples=1_000_000
-    python benchmarks/live.py --scratch /tmp/live --live data.lm_device=cuda:1 -- trainer=gpu lm=hf lm.id=... \
-        'data.sites=[model.layers.12]' data.window_mb=4096 text=hf_dataset text.name=... data.max_tokens=20_000_000
+    python benchmarks/live.py --scratch /tmp/live --live data.lm_device=cuda:1 -- trainer=gpu lm=hf lm.id=... \\
+        'data.sites=[model.layers.12]' data.window_mb=4096 text=hf_dataset text.name=... text.max_documents=null \\
+        data.max_tokens=20_000_000
 
 What follows `--` goes to both runs, text and model included; `--live` and `--cached` to one of them. The cache is
 written first, by the same recipe, and its time told beside the run's. Speeds leave out the first tenth of the rows of

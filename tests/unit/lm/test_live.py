@@ -176,6 +176,7 @@ def _batches_of(module: LiveData, stream: int, start: int, stop: int) -> int:
     )
 
 
+@pytest.mark.slow  # two runs here and a start of train.py with transformers
 def test_a_run_without_a_cache(
     compose_cfg: Any, overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
