@@ -126,7 +126,28 @@ def test_the_rows_are_those_of_a_cache_of_the_same_text(
         assert everything[site].scale == pytest.approx(cache.stats(site).scale, rel=0.05)
 
 
-def test_a_row_has_one_set_of_bits_and_sites_share_a_pass(data: Callable[..., LiveData], lm: Any) -> None:
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The tokens of each forward pass of a harvest."""
+    seen: list[bytes] = []
+
+    def noted(lm: Any, sites: list[str], tokens_CL: torch.Tensor, take: Any) -> Any:
+        seen.append(tokens_CL.numpy().astype(np.int32).tobytes())
+        return capture(lm, sites, tokens_CL, take)
+
+    monkeypatch.setattr("sparsepilot.lm.harvest.capture", noted)
+    return seen
+
+
+def whole_batches(rows: LiveRows) -> set[bytes]:
+    """All that may ever be a training pass: so small a model's bits do not tell a row's company, a large one's do."""
+    contexts = range(0, rows._train.num_contexts, BATCH_CONTEXTS)
+    return {rows._train.tokens_CL[c : c + BATCH_CONTEXTS].tobytes() for c in contexts}
+
+
+def test_a_row_has_one_set_of_bits_and_sites_share_a_pass(
+    data: Callable[..., LiveData], lm: Any, passes: list[bytes]
+) -> None:
     rows = data().rows
     whole = {site: rows.empty(site, rows.num_train_rows) for site in SITES}
     before = rows.passes
@@ -141,9 +162,10 @@ def test_a_row_has_one_set_of_bits_and_sites_share_a_pass(data: Callable[..., Li
     for start, stop in ((0, 1), (a + 1, b - 1), (b - 1, b + 1), (rows.num_train_rows - 5, rows.num_train_rows)):
         for site in SITES:
             assert torch.equal(rows.read(site, start, stop), whole[site][start:stop])
+    assert set(passes) == whole_batches(rows)
 
 
-def test_from_any_position_and_on_any_number_of_ranks(data: Callable[..., LiveData]) -> None:
+def test_from_any_position_and_on_any_number_of_ranks(data: Callable[..., LiveData], passes: list[bytes]) -> None:
     module = data()
     batches = [batch.x_BD for batch in module.train_dataloader()]
     assert len(batches) == 200  # more than two passes
@@ -165,6 +187,7 @@ def test_from_any_position_and_on_any_number_of_ranks(data: Callable[..., LiveDa
         needed = sum(_batches_of(module, stream, 960, 1600) for stream in range(4 * rank, 4 * rank + 4))
         assert half.rows.passes - before <= needed + 4 * 2 * per_block
         assert half.rows.passes - before < unbroken / 2
+    assert set(passes) == whole_batches(module.rows)
 
 
 def _batches_of(module: LiveData, stream: int, start: int, stop: int) -> int:
