@@ -10,8 +10,8 @@ import torch
 from pydantic import PositiveInt
 
 from sparsepilot.analysis.source import check_model, check_rows, check_source, held_out_contexts
-from sparsepilot.data.cache import Cache
-from sparsepilot.data.datamodule import ActivationData
+from sparsepilot.data.datamodule import RunData
+from sparsepilot.data.source import TextRows
 from sparsepilot.errors import ConfigError
 from sparsepilot.lm.load import load
 from sparsepilot.lm.seam import Seam
@@ -27,7 +27,7 @@ def spliced(
     dtype: Literal["auto", "float32", "bfloat16"] | None = None,
     kl: bool = True,
     *,
-    data: ActivationData,
+    data: RunData,
     sites: Sites,
     lm: Mapping[str, Any],
     shared: dict[tuple[str, str], SplicedCrossEntropy] | None = None,
@@ -60,7 +60,7 @@ def spliced(
     if (read.name, write.name) in shared:
         return shared[read.name, write.name]
     cache = data.cache
-    if not isinstance(cache, Cache):
+    if not isinstance(cache, TextRows):
         raise ConfigError(
             "cross_entropy: data.path names several caches, each made by its own language model; set cross_entropy=none"
         )

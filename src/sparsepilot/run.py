@@ -33,12 +33,13 @@ from sparsepilot.callbacks.run_log import RunLog
 from sparsepilot.callbacks.stop import StopAtStep, leave_signals_alone
 from sparsepilot.callbacks.validate import ValidateEvery
 from sparsepilot.claim import Claim, claim_together, record_start, record_trainees
-from sparsepilot.config.check import check
+from sparsepilot.config.check import LIVE, check
 from sparsepilot.config.instantiate import instantiate
 from sparsepilot.config.resume import differences
+from sparsepilot.config.signature import takes
 from sparsepilot.config.trainees import each_alone, naming
 from sparsepilot.controllers.base import Controller
-from sparsepilot.data.datamodule import ActivationData
+from sparsepilot.data.datamodule import RunData
 from sparsepilot.errors import ConfigError, RankError
 from sparsepilot.interop import dictionary
 from sparsepilot.interop.fold import fold
@@ -102,6 +103,7 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
             record_start(folder, plain(cfg), data.cache.fingerprint)
             if cfg.trainees:
                 record_trainees(folder, {name: plain(alone) for name, alone in each_alone(cfg).items()})
+            data.record()
             wandb.begin()
         try:
             try:
@@ -178,6 +180,7 @@ def prepare_process(cfg: DictConfig) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     keep_freed_memory()
     torch.use_deterministic_algorithms(True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before Lightning does: a language model runs earlier
     # filling every fresh tensor would cost more than the sparse step; no kernel here reads memory that it did not write
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # bfloat16 products add up in fp32: the bounds of ops/product.py rely on it
@@ -215,7 +218,7 @@ def _say_stretched_schedule(cfg: DictConfig, claimed: Claim, console: Console) -
 # ---------------------------------------------------------------------------------------------------- building
 
 
-def build_data(cfg: DictConfig, console: Console) -> ActivationData:
+def build_data(cfg: DictConfig, console: Console) -> RunData:
     """The datamodule; a cache that is not there yet is built first, where the configuration says how."""
     values = plain(cfg)
     node = dict(values["data"])
@@ -228,12 +231,10 @@ def build_data(cfg: DictConfig, console: Console) -> ActivationData:
             build_cache(values["data"], values["lm"], values["text"], console=console)
 
     agreement.from_first(build)
-    return cast(
-        ActivationData,
-        instantiate(
-            node, batch=cfg.batch, accumulate=cfg.accumulate, total_samples=_total(cfg), seed=cfg.seed, _convert_="all"
-        ),
-    )
+    given = {"batch": cfg.batch, "accumulate": cfg.accumulate, "total_samples": _total(cfg), "seed": cfg.seed}
+    live = {"lm": values["lm"], "text": values["text"], "folder": cfg.run_dir, "say": console.print}
+    given |= {name: live[name] for name in takes(node, *LIVE)}
+    return cast(RunData, instantiate(node, **given, _convert_="all", _recursive_=False))
 
 
 def _total(cfg: DictConfig) -> int:
@@ -245,7 +246,7 @@ def _whole_batches(samples: int, batch: int) -> int:
     return -(-samples // batch) * batch
 
 
-def build_module(cfg: DictConfig, data: ActivationData) -> TrainingModule:
+def build_module(cfg: DictConfig, data: RunData) -> TrainingModule:
     """The LightningModule with its trainees, each begun with the draws that it would begin with alone."""
     trainees: dict[str, Trainee] = {}
     validations: dict[str, Validation] = {}
@@ -272,7 +273,7 @@ def build_module(cfg: DictConfig, data: ActivationData) -> TrainingModule:
     )
 
 
-def build_trainee(cfg: DictConfig, data: ActivationData, schedule: Schedule) -> Trainee:
+def build_trainee(cfg: DictConfig, data: RunData, schedule: Schedule) -> Trainee:
     """A dictionary and its controller."""
     total_samples = _total(cfg)
     model = plain(cfg)["model"]
@@ -293,9 +294,7 @@ def build_trainee(cfg: DictConfig, data: ActivationData, schedule: Schedule) -> 
     )
 
 
-def build_cross_entropy(
-    cfg: DictConfig, data: ActivationData, sites: Sites, shared: dict[Any, Any]
-) -> CrossEntropy | None:
+def build_cross_entropy(cfg: DictConfig, data: RunData, sites: Sites, shared: dict[Any, Any]) -> CrossEntropy | None:
     """The measurement of the language model with the reconstruction spliced in, where it is asked for; `shared` by
     trainees where it can be."""
     values = plain(cfg)
@@ -393,7 +392,7 @@ def build_loggers(cfg: DictConfig, samples: int) -> list[Logger]:
 # ---------------------------------------------------------------------------------------------------- after a run
 
 
-def finish(folder: RunFolder, module: TrainingModule, data: ActivationData) -> dict[str, Any]:
+def finish(folder: RunFolder, module: TrainingModule, data: RunData) -> dict[str, Any]:
     """Writes the trained dictionary and summary.json; of several trainees, each one's in its own folder, too."""
     names = list(module.trainees)
     for name, (prefix, trainee) in zip(names, module.each(), strict=True):
@@ -407,7 +406,7 @@ def finish(folder: RunFolder, module: TrainingModule, data: ActivationData) -> d
     return summary
 
 
-def save_dictionary(folder: RunFolder, trainee: Trainee, samples: int, data: ActivationData) -> None:
+def save_dictionary(folder: RunFolder, trainee: Trainee, samples: int, data: RunData) -> None:
     """Writes a trained dictionary, for raw activations."""
     autoencoder = trainee.autoencoder
     cfg_out = {
@@ -459,7 +458,7 @@ def _waited_s(trainer: L.Trainer) -> float:
     return float(getattr(trainer.train_dataloader, "waited_s", 0.0))
 
 
-def measure_sizes(module: TrainingModule, data: ActivationData) -> dict[str, str]:
+def measure_sizes(module: TrainingModule, data: RunData) -> dict[str, str]:
     """What a run will take, found by running one batch forward and backward."""
     each = {prefix: sum(p.numel() for p in trainee.parameters()) for prefix, trainee in module.each()}
     num_parameters = sum(each.values())

@@ -15,6 +15,7 @@ class RunFolder:
 
     config.yaml       resolved configuration (config-1.yaml, ... are those before a resume changed something)
     run.json          the run's id, when it was made, and the fingerprint of its cache
+    live.json         of a run without a cache: statistics of its rows, and what they depend on
     metrics.jsonl     one row per logged step and per validation: the truth that every picture is drawn from
     timing.jsonl      wall-clock figures, which differ between two runs that are otherwise equal
     checkpoints/      last.ckpt points at the newest of samples-*.ckpt
@@ -29,6 +30,7 @@ class RunFolder:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.identity = self.path / "run.json"
+        self.live = self.path / "live.json"
         self.metrics = self.path / "metrics.jsonl"
         self.timing = self.path / "timing.jsonl"
         self.checkpoints = self.path / "checkpoints"

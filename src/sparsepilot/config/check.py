@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sparsepilot.callbacks.disturb import disturbance
 from sparsepilot.config.instantiate import instantiate
-from sparsepilot.config.signature import check_fields, check_target
+from sparsepilot.config.signature import check_fields, check_target, takes
 from sparsepilot.config.trainees import each_alone, naming
 from sparsepilot.errors import ConfigError
 from sparsepilot.lm import load as lm_load
@@ -17,6 +17,9 @@ from sparsepilot.lm import text as lm_text
 from sparsepilot.ranks import num_devices, ranks_here
 from sparsepilot.reporting.wandb import resolve_mode
 from sparsepilot.wiring import STARTING, WIRING, check_sites, wire
+
+LIVE = ("lm", "text", "folder", "say")
+"""What a data group is given that runs the language model itself (data=live)."""
 
 BEST_BY = ("val/fvu", "val/loss", "val/mse", "val/ce")
 """Validation metrics of which less is better."""
@@ -84,7 +87,9 @@ def _complete(cfg: DictConfig) -> dict[str, Any]:
 def _check_data(plain: dict[str, Any]) -> None:
     data = dict(plain["data"])
     build = data.pop("build", None)
-    check_target("data", data, given=("batch", "accumulate", "total_samples", "seed"))
+    check_target("data", data, given=("batch", "accumulate", "total_samples", "seed", *LIVE))
+    if takes(data, "lm"):
+        _check_lm_and_text(plain)
     if build is not None:
         if isinstance(data["path"], dict):
             raise ConfigError(
@@ -99,8 +104,12 @@ def _check_data(plain: dict[str, Any]) -> None:
         )
         check_target("data.build", build, given=given)
         if from_lm:
-            check_fields("lm", plain["lm"], lm_load.load)
-            check_fields("text", plain["text"], lm_text.documents)
+            _check_lm_and_text(plain)
+
+
+def _check_lm_and_text(plain: dict[str, Any]) -> None:
+    check_fields("lm", plain["lm"], lm_load.load)
+    check_fields("text", plain["text"], lm_text.documents)
 
 
 def _try_optimizer(node: dict[str, Any]) -> None:
@@ -156,7 +165,9 @@ def _check_cross_entropy(plain: dict[str, Any]) -> None:
             f"cross_entropy: data.build ({build['_target_']}) makes rows without a language model; use a cache of one "
             "(data=demo, data=lm), or cross_entropy=none"
         )
-    if isinstance(data["path"], dict):
+    if takes(data, "lm") and data.get("val_fraction") == 0:
+        raise ConfigError("cross_entropy: data.val_fraction = 0 holds out no text to measure it on; set it above 0")
+    if isinstance(data.get("path"), dict):
         raise ConfigError(
             f"cross_entropy: data.path = {data['path']} names several caches, each made by its own language model; "
             "set cross_entropy=none"

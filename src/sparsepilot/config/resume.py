@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from sparsepilot.errors import ConfigError
 
 FREE = ("trainer", "logger", "callbacks", "threads", "run_dir", "resume", "check", "report", "accumulate", "lm", "text",
-        "data.path", "data.prefetch_batches", "data.val_batch", "data.build", "compile", "model.tile_latents",
-        "cross_entropy.batch_contexts", "cross_entropy.kl", "model.half_product", "model.dense_above")  # fmt: skip
+        "data.path", "data.prefetch_batches", "data.val_batch", "data.build", "data.lm_device", "compile",
+        "cross_entropy.batch_contexts", "cross_entropy.kl", "model.half_product", "model.dense_above",
+        "model.tile_latents")  # fmt: skip
 """Fields that leave the order of samples and the loss alone, if not always the last bits of a sum (a resume says so). A
 moved `data.path` is held to its fingerprint. The rest of `cross_entropy` is not free: a controller may act on what it
 measures."""
