@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import resource
@@ -37,6 +38,7 @@ from sparsepilot.config.instantiate import instantiate
 from sparsepilot.config.resume import differences
 from sparsepilot.controllers.base import Controller
 from sparsepilot.data.datamodule import ActivationData
+from sparsepilot.data.files import one_at_a_time
 from sparsepilot.errors import ConfigError, RankError
 from sparsepilot.interop import dictionary
 from sparsepilot.interop.fold import fold
@@ -96,7 +98,7 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
         agreement.meet()
         claimed.lock()  # only now: a fresh folder is made when nothing can be wrong with the input any more
         if claimed.writes:
-            record_start(folder, plain(cfg), data.cache.fingerprint)
+            record_start(folder, plain(cfg), data.cache.fingerprint, claimed.samples)
             wandb.begin()
         try:
             try:
@@ -218,9 +220,14 @@ def build_data(cfg: DictConfig, console: Console) -> ActivationData:
     check_recipe(values["data"], values["lm"], values["text"])
 
     def build() -> None:
-        if recipe is not None and not is_sealed(Path(node["path"])):
-            console.print(f"building the activation cache {node['path']}", highlight=False)
-            build_cache(values["data"], values["lm"], values["text"], console=console)
+        if recipe is None or is_sealed(Path(node["path"])):
+            return
+        say = functools.partial(console.print, highlight=False)
+        # the members of a sweep all want the same one
+        with one_at_a_time(Path(node["path"]), lambda: say(f"waiting for another process that builds {node['path']}")):
+            if not is_sealed(Path(node["path"])):
+                say(f"building the activation cache {node['path']}")
+                build_cache(values["data"], values["lm"], values["text"], console=console)
 
     agreement.from_first(build)
     return cast(
