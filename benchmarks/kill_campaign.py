@@ -113,7 +113,7 @@ def table(results: list[Result]) -> str:
     half = sum(kill["checkpoint_tmp_bytes"] > 0 for kill, _ in kills)
     lines.append(f"{len(kills)} kills: " + ", ".join(f"{number} {family}" for family, number in totals.items()))
     if any(kill["rank"] is not None for kill, _ in kills):
-        lines.append(f"{sum(kill['died'] > 1 for kill, _ in kills)} killed all ranks at their own hands, the others one")
+        lines.append(f"{sum(kill['died'] > 1 for kill, _ in kills)} killed all ranks, the others one of them")
     lines.append(f"{after} mid-step after the first checkpoint")
     lines.append(f"{torn} left a torn line in metrics.jsonl, {half} a checkpoint that was not renamed")
     return "\n".join(lines)
@@ -126,7 +126,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--trainer", default="ddp_gloo", help="of several ranks")
-    parser.add_argument("--out", type=Path, default=None, help="runs/kill_campaign, with several ranks -<trainer>-<ranks>")
+    parser.add_argument("--out", type=Path, default=None, help="runs/kill_campaign; of several ranks, one of their own")
     parser.add_argument("--plant-bug", choices=sorted(BUGS), default=None)
     args = parser.parse_args()
     if args.out is None:

@@ -2,7 +2,7 @@
 
 python scripts/report.py run_dir=runs/mine                      # into runs/mine/report/
 python scripts/report.py 'run_dir=[runs/a,runs/b]' [out=...]     # one colour per run; 'run_dir=runs/sweep/*', too
-python scripts/report.py sweep_dir=runs/sweeps/seeds-...          # a table of a sweep's members (CSV, too), and its frontier
+python scripts/report.py sweep_dir=runs/sweeps/seeds-...         # a table of a sweep's members (also CSV), frontier
 python scripts/report.py schedule=reference [samples=...] [out=...]   # a learning rate that nobody has run
 """
 
@@ -27,7 +27,6 @@ def main() -> None:
         print(draw_schedule(sys.argv[1:]))
         return
     from sparsepilot.reporting.report import write_report
-
     from sparsepilot.reporting.sweep import write_sweep_report
 
     cfg = arguments(sys.argv[1:], {"run_dir": None, "sweep_dir": None, "out": None})

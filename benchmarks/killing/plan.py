@@ -41,7 +41,9 @@ class Cell:
 def plan(num_kills: int, seed: int, bug: str | None = None, world: int = 1) -> list[Cell]:
     """The cells of a campaign; the same for the same arguments.
 
-    With several ranks (`world`) a kill hits one of them or, at a place that all of them pass, perhaps all. Every cell begins with a kill after its first checkpoint (or with an early one, before it, and then such a kill), so
+    With several ranks (`world`) a kill hits one of them or, at a place that all of them pass, perhaps all.
+
+    Every cell begins with a kill after its first checkpoint (or with an early one, before it, and then such a kill), so
     that every kill during a resume has a checkpoint to resume from.
     """
     rng = random.Random(f"{seed} {num_kills}")

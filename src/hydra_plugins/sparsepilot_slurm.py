@@ -1,8 +1,8 @@
 """`hydra/launcher=slurm`: the members of a sweep as jobs of Slurm, each with an end of its own.
 
-Hydra looks for launchers in this package only. This one submits as hydra-submitit-launcher does, and waits otherwise: that
-one stops waiting at the first job that has left no result (killed, cancelled, out of memory), and asks Slurm's accounting,
-which not every cluster has.
+Hydra looks for launchers in this package only. This one submits as hydra-submitit-launcher does, and waits otherwise:
+that one stops waiting at the first job that has left no result (killed, cancelled, out of memory), and asks Slurm's
+accounting, which not every cluster has.
 """
 
 from __future__ import annotations
@@ -76,17 +76,23 @@ class MembersOnSlurm(SlurmLauncher):  # type: ignore[misc]
 
     def _submit(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Job[Any]]:
         options = dict(self.params)
-        executor_options = {"folder": options.pop("submitit_folder"), "slurm_max_num_timeout": options.pop("max_num_timeout")}
+        folder, num_timeouts = options.pop("submitit_folder"), options.pop("max_num_timeout")
         common = BaseQueueConf.__dataclass_fields__.keys()
         try:
-            executor = submitit.AutoExecutor(cluster="slurm", **executor_options)
+            executor = submitit.AutoExecutor(cluster="slurm", folder=folder, slurm_max_num_timeout=num_timeouts)
             executor.update_parameters(**{k if k in common else f"slurm_{k}": v for k, v in options.items()})
-            return executor.map_array(
-                self,
-                [list(words) for words in job_overrides],
-                *zip(*[("hydra.sweep.dir", initial_job_idx + i, f"job_id_for_{initial_job_idx + i}",
-                        Singleton.get_state()) for i in range(len(job_overrides))], strict=True),
-            )  # fmt: skip
+            # a job calls this object as hydra-submitit-launcher's with what stands here
+            calls = [
+                (
+                    [*words],
+                    "hydra.sweep.dir",
+                    initial_job_idx + i,
+                    f"member_{initial_job_idx + i}",
+                    Singleton.get_state(),
+                )
+                for i, words in enumerate(job_overrides)
+            ]
+            return list(executor.map_array(self, *zip(*calls, strict=True)))
         except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"hydra/launcher = slurm: the members could not be submitted: {reason}") from error

@@ -1,9 +1,9 @@
 """Named places where a test may kill the process, so that crash safety is tested at the exact instant that matters.
 
 `SPARSEPILOT_FAULT="checkpoint-write:3"` sends SIGKILL to this process the third time it passes
-`point("checkpoint-write")`; `checkpoint-write:3@1` only where it is rank 1 of several, or task 1 of a Slurm array. Unset, a point is one
-dictionary look-up. `SPARSEPILOT_FAULT_LOG=<file>` appends the name of the point that fired, so that a campaign can tell
-where its kills fell.
+`point("checkpoint-write")`; `checkpoint-write:3@1` only where it is rank 1 of several, or task 1 of a Slurm array.
+Unset, a point is one dictionary look-up. `SPARSEPILOT_FAULT_LOG=<file>` appends the name of the point that fired, so
+that a campaign can tell where its kills fell.
 """
 
 from __future__ import annotations

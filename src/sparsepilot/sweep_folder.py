@@ -1,7 +1,7 @@
 """What lies where in the folder of a sweep, and how each of its members stands.
 
-A member is one run of several that a command line asks for. Whoever trains it keeps its record, so that the sweep can be
-told about from the folder alone, whether its members ran here one after the other or as jobs of a cluster.
+A member is one run of several that a command line asks for. Whoever trains it keeps its record, so that the folder
+alone says how the sweep stands, whether its members run here one after the other or as jobs of a cluster.
 """
 
 from __future__ import annotations

@@ -19,7 +19,10 @@ from warm import Warm
 
 from sparsepilot.rows import read_rows
 
-pytestmark = pytest.mark.slow  # dozens of processes
+pytestmark = [
+    pytest.mark.slow,  # dozens of processes
+    pytest.mark.timeout(1200),  # twelve of them in a test, one after the other
+]
 
 
 class Lab:

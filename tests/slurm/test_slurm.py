@@ -252,7 +252,10 @@ def test_an_error_of_all_tasks_is_said_once(slurm: Slurm) -> None:
 
 def test_an_array_writes_a_cache_and_a_killed_task_goes_on(slurm: Slurm) -> None:
     words = [word for word in BASE if word.startswith("data")]
-    words += ["+data.build.chunk_rows=64", "+data.build.shard_rows=1088"]  # 20 shards, five for each of four; five writes each
+    words += [
+        "+data.build.chunk_rows=64",
+        "+data.build.shard_rows=1088",
+    ]  # 20 shards of five writes, five for each task
     alone = [sys.executable, "scripts/cache_activations.py", *words, f"data.path={slurm.folder}/alone"]
     subprocess.run(alone, cwd=ROOT, env=slurm.env, check=True, capture_output=True)
     shared = slurm.folder / "shared"

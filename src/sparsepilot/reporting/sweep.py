@@ -154,4 +154,3 @@ def _name(row: Row) -> str:
 
 def _all_fields(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.fields))
-
