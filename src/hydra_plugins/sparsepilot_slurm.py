@@ -47,6 +47,10 @@ class MembersOnSlurm(SlurmLauncher):  # type: ignore[misc]
             )
         super().__init__(**params)
 
+    def setup(self, **given: Any) -> None:
+        """What Hydra hands to a launcher. (Written out, or Hydra would not count this class without its base.)"""
+        super().setup(**given)
+
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Submits a job for each member and waits until all have ended, one way or another.
 

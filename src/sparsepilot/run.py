@@ -114,9 +114,7 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
         wandb.finish()
     except Exception as error:
         if agreement.lost_a_rank(error):
-            raise RankError(
-                "another rank of this run is gone; started again, it goes on from the last checkpoint"
-            ) from error
+            raise RankError(agreement.GONE) from error
         raise
     finally:
         claimed.release()
