@@ -96,10 +96,13 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
         log = RunLog(folder, claimed.samples, lambda: _waited_s(trainer), wandb.after_checkpoint)
         trainer = build_trainer(cfg, folder, log, console, claimed.samples)
         agreement.meet()
-        claimed.lock()  # only now: a fresh folder is made when nothing can be wrong with the input any more
-        if claimed.writes:
+
+        def begin() -> None:
+            claimed.lock()  # only now: a fresh folder is made when nothing can be wrong with the input any more
             record_start(folder, plain(cfg), data.cache.fingerprint, claimed.samples)
             wandb.begin()
+
+        agreement.from_first(begin)
         try:
             try:
                 trainer.fit(module, datamodule=data, ckpt_path=claimed.checkpoint, weights_only=True)

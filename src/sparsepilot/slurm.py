@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from typing import Any
 
 from sparsepilot.ranks import speaks_first
@@ -108,5 +107,6 @@ def _leave(number: int, frame: Any) -> None:
     ignore(signal.SIGTERM, *leave_signals())
     if speaks_first("") and belongs_back(number):
         requeue()
-        sys.exit(0)
-    sys.exit(128 + number)
+        os._exit(0)  # an exception would be raised wherever the process stands, and be caught there, perhaps
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

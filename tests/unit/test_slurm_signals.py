@@ -58,7 +58,7 @@ def test_under_submitit_it_is_the_signal_that_submitit_has_sent(tmp_path: Path) 
 def test_sigterm_means_later_only_where_slurm_wants_the_room(tmp_path: Path, preempted: bool) -> None:
     code, out, asked = job(tmp_path, "SIGTERM", preempted=preempted)
     assert asked == ["show job 7"] + ["requeue 7"] * preempted
-    assert (code, out) == ((0, BACK) if preempted else (143, ""))
+    assert (code, out) == ((0, BACK) if preempted else (-15, ""))
 
 
 @pytest.mark.slow  # a process each

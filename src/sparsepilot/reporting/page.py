@@ -33,7 +33,7 @@ def write_page(
     """Writes the page. The plotting library (plotly.js) is put into it once."""
     from plotly.offline import get_plotlyjs
 
-    title = title or names[0] if len(runs) == 1 else f"{len(runs)} runs" if runs else pictures[0].title
+    title = title or (names[0] if len(runs) == 1 else f"{len(runs)} runs" if runs else pictures[0].title)
     data = [{"name": picture.name, "title": picture.title, **figure(picture)} for picture in pictures]
     filled = {
         "TITLE": escape(title),

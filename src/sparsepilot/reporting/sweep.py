@@ -57,10 +57,9 @@ def write_sweep_report(sweep: SweepFolder, out: Path) -> Path:
     write_table(rows, out / TABLE)
     runs = [row.run for row in rows if row.run is not None]
     names = [_name(row) for row in rows if row.run is not None]
-    pictures = [
-        joined(picture, rows) if picture.name == "frontier" else picture
-        for picture in (draw_pictures(runs, names) if runs else [])
-    ]
+    drawn = draw_pictures(runs, names) if runs else []
+    pictures = [joined(picture, rows) for picture in drawn if picture.name == "frontier"]
+    pictures += [picture for picture in drawn if picture.name != "frontier"]
     return write_pictures(pictures, runs, names, out, members_table(rows), title=f"sweep {sweep.name}")
 
 
@@ -149,7 +148,7 @@ def _name(row: Row) -> str:
     assert row.run is not None
     short = [f"{name.rpartition('.')[2]}={value}" for name, value in row.fields.items()]
     _, colon, trainee = row.run.name.rpartition(": ")
-    return ", ".join([f"{row.member.number}", *short, *([trainee] if colon else [])])
+    return f"{row.member.number}: {', '.join([*short, *([trainee] if colon else [])])}"
 
 
 def _all_fields(rows: Sequence[Row]) -> list[str]:
