@@ -1,4 +1,4 @@
-"""What a job asks of Slurm when a signal comes before training has begun: once, by one rank, and only where it is due."""
+"""What a job asks of Slurm when a signal comes before training: once, by one rank, and only where it is due."""
 
 from __future__ import annotations
 
