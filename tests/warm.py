@@ -37,21 +37,8 @@ class Warm:
         pid = self._start(arguments, environment, self._folder / "out.txt", file_bytes)
         return self._end(pid, self._folder / "out.txt")
 
-    def ranks(
-        self,
-        world: int,
-        arguments: list[str],
-        environment: Mapping[str, str],
-        of_rank: Mapping[int, Mapping[str, str]] | None = None,
-    ) -> list[Ended]:
-        """So many ranks of one run, as torchrun would start them, until all have ended.
-
-        Args:
-            world: how many.
-            arguments: of each.
-            environment: of each.
-            of_rank: what is added to the environment of one of them.
-        """
+    def ranks(self, world: int, arguments: list[str], environment: Mapping[str, str]) -> list[Ended]:
+        """So many ranks of one run, as torchrun would start them, until all have ended."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -59,7 +46,7 @@ class Warm:
         outs = [self._folder / f"out-{rank}.txt" for rank in range(world)]
         pids = []
         for rank, out in enumerate(outs):
-            env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **(of_rank or {}).get(rank, {})}
+            env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             pids.append(self._start(arguments, env, out, None))
         return [self._end(pid, out) for pid, out in zip(pids, outs, strict=True)]
 

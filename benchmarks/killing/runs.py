@@ -58,13 +58,17 @@ Launch = Callable[[list[str], Mapping[str, str]], Ended]
 """(arguments after `python`, environment to add) -> how it ended"""
 
 
-def launch(arguments: list[str], environment: Mapping[str, str]) -> Ended:
-    """A process of its own, in the repository's root."""
+def environment_of(added: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process under test."""
     path = os.pathsep.join(str(REPOSITORY / name) for name in ("benchmarks", "src"))
     # two threads that spin at a barrier while others want the cores made a cell take 360 s instead of 30
     quiet = {"OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1", "COLUMNS": "500"}
-    env = {**os.environ, **quiet, "PYTHONPATH": path, **environment}
-    command, pipe = [sys.executable, *arguments], subprocess.PIPE
+    return {**os.environ, **quiet, "PYTHONPATH": path, **added}
+
+
+def launch(arguments: list[str], environment: Mapping[str, str]) -> Ended:
+    """A process of its own, in the repository's root."""
+    command, pipe, env = [sys.executable, *arguments], subprocess.PIPE, environment_of(environment)
     done = subprocess.run(command, cwd=REPOSITORY, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
     return Ended(done.returncode, done.stdout)
 
@@ -79,6 +83,8 @@ class Kill:
     """the optimizer step that it is aimed at; 0 where the point decides (during a resume, at the end)"""
     draw: float
     """in [0, 1): which of several writes"""
+    rank: int | None = None
+    """of several, the one that dies; None: all of them"""
 
 
 class RunUnderTest:
@@ -129,16 +135,19 @@ class RunUnderTest:
         begin = self.resumes_at
         occurrence = self._occurrence(kill, begin)
         log.unlink(missing_ok=True)
-        armed = {"SPARSEPILOT_FAULT": f"{kill.point}:{occurrence}", "SPARSEPILOT_FAULT_LOG": str(log)}
+        fault = f"{kill.point}:{occurrence}" + ("" if kill.rank is None else f"@{kill.rank}")
+        armed = {"SPARSEPILOT_FAULT": fault, "SPARSEPILOT_FAULT_LOG": str(log)}
         ended, problems = self._watched_start(begin, {**(environment or {}), **armed})
         fired = log.read_text(encoding="utf-8").split() if log.exists() else []
-        if ended.code != -signal.SIGKILL or fired != [kill.point]:
+        if ended.code != -signal.SIGKILL or set(fired) != {kill.point}:
             problems.append(f"{armed['SPARSEPILOT_FAULT']}: exit {ended.code}, fired {fired}: {ended.out[-500:]}")
         scene = self._scene()
         return {
             "family": kill.family,
             "point": kill.point,
             "occurrence": occurrence,
+            "rank": kill.rank,
+            "died": len(fired),
             "resumed_at_step": begin,
             "had_checkpoint": self.resumes_at > 0,
             **scene,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import resource
@@ -40,6 +41,7 @@ from sparsepilot.config.signature import takes
 from sparsepilot.config.trainees import each_alone, naming
 from sparsepilot.controllers.base import Controller
 from sparsepilot.data.datamodule import RunData
+from sparsepilot.data.files import one_at_a_time
 from sparsepilot.errors import ConfigError, RankError
 from sparsepilot.interop import dictionary
 from sparsepilot.interop.fold import fold
@@ -98,13 +100,16 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
         log = RunLog(folder, claimed.samples, lambda: _waited_s(trainer), wandb.after_checkpoint, several)
         trainer = build_trainer(cfg, folder, log, console, claimed.samples)
         agreement.meet()
-        claimed.lock()  # only now: a fresh folder is made when nothing can be wrong with the input any more
-        if claimed.writes:
-            record_start(folder, plain(cfg), data.cache.fingerprint)
+
+        def begin() -> None:
+            claimed.lock()  # only now: a fresh folder is made when nothing can be wrong with the input any more
+            record_start(folder, plain(cfg), data.cache.fingerprint, claimed.samples)
             if cfg.trainees:
                 record_trainees(folder, {name: plain(alone) for name, alone in each_alone(cfg).items()})
             data.record()
             wandb.begin()
+
+        agreement.from_first(begin)
         try:
             try:
                 trainer.fit(module, datamodule=data, ckpt_path=claimed.checkpoint, weights_only=True)
@@ -119,9 +124,7 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
         wandb.finish()
     except Exception as error:
         if agreement.lost_a_rank(error):
-            raise RankError(
-                "another rank of this run is gone; started again, it goes on from the last checkpoint"
-            ) from error
+            raise RankError(agreement.GONE) from error
         raise
     finally:
         claimed.release()
@@ -226,9 +229,14 @@ def build_data(cfg: DictConfig, console: Console) -> RunData:
     check_recipe(values["data"], values["lm"], values["text"])
 
     def build() -> None:
-        if recipe is not None and not is_sealed(Path(node["path"])):
-            console.print(f"building the activation cache {node['path']}", highlight=False)
-            build_cache(values["data"], values["lm"], values["text"], console=console)
+        if recipe is None or is_sealed(Path(node["path"])):
+            return
+        say = functools.partial(console.print, highlight=False)
+        # the members of a sweep all want the same one
+        with one_at_a_time(Path(node["path"]), lambda: say(f"waiting for another process that builds {node['path']}")):
+            if not is_sealed(Path(node["path"])):
+                say(f"building the activation cache {node['path']}")
+                build_cache(values["data"], values["lm"], values["text"], console=console)
 
     agreement.from_first(build)
     given = {"batch": cfg.batch, "accumulate": cfg.accumulate, "total_samples": _total(cfg), "seed": cfg.seed}

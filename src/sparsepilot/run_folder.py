@@ -14,7 +14,7 @@ class RunFolder:
     """Paths of one run.
 
     config.yaml       resolved configuration (config-1.yaml, ... are those before a resume changed something)
-    run.json          the run's id, when it was made, and the fingerprint of its cache
+    run.json          the run's id, when it was made, the fingerprint of its cache, and when it was started from where
     live.json         of a run without a cache: statistics of its rows, and what they depend on
     metrics.jsonl     one row per logged step and per validation: the truth that every picture is drawn from
     timing.jsonl      wall-clock figures, which differ between two runs that are otherwise equal
