@@ -125,3 +125,12 @@ def record_start(folder: RunFolder, config: dict[str, Any], cache_fingerprint: s
     with replacing(folder.config) as file:
         file.write(text)
         faults.point("config-write")
+
+
+def record_trainees(folder: RunFolder, configs: dict[str, dict[str, Any]]) -> None:
+    """Gives each of several trainees a folder with the configuration of the run that would train it alone."""
+    for name, config in configs.items():
+        own = folder.of_trainee(name)
+        own.path.mkdir(exist_ok=True)
+        with replacing(own.config) as file:
+            file.write(OmegaConf.to_yaml(OmegaConf.create(config)))

@@ -22,6 +22,7 @@ class RunFolder:
     summary.json      final value of every metric, samples, wall time, versions
     report/           the pictures, as PNG and SVG, and report.html with all of them; drawn from the files above
     features/         what scripts/features.py found out about each latent: index.html, features.jsonl
+    <trainee>/        of several trainees each one's dictionary, with config.yaml and summary.json as if it were alone
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -38,6 +39,10 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether a run was begun here."""
         return self.config.exists()
+
+    def of_trainee(self, name: str) -> RunFolder:
+        """Of a run with several trainees, the folder of one: its configuration, summary and dictionary."""
+        return RunFolder(self.path / name)
 
     def older_config(self) -> Path:
         """The first free config-N.yaml."""

@@ -148,7 +148,7 @@ def _check_cross_entropy(plain: dict[str, Any]) -> None:
     node, data, sites = plain["cross_entropy"], plain["data"], plain["model"].get("sites")
     if "_target_" not in node:
         raise ConfigError("cross_entropy: has no _target_; use cross_entropy=spliced, or cross_entropy=none")
-    check_target("cross_entropy", node, given=("data", "sites", "lm", "loaded"))
+    check_target("cross_entropy", node, given=("data", "sites", "lm", "shared"))
     check_fields("lm", plain["lm"], lm_load.load)
     build = data.get("build")
     if build is not None and not build["_target_"].endswith("build_from_lm"):

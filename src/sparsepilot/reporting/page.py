@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from sparsepilot.reporting import labels
 from sparsepilot.reporting.as_plotly import figure
 from sparsepilot.reporting.figure import Picture
 from sparsepilot.reporting.runs import Run
@@ -26,7 +27,7 @@ def write_page(pictures: Sequence[Picture], runs: Sequence[Run], names: Sequence
     """Writes the page. The plotting library (plotly.js) is put into it once."""
     from plotly.offline import get_plotlyjs
 
-    title = names[0] if len(runs) == 1 else f"{len(runs)} runs" if runs else pictures[0].title
+    title = labels.title(runs, names) if runs else pictures[0].title
     data = [{"name": picture.name, "title": picture.title, **figure(picture)} for picture in pictures]
     filled = {
         "TITLE": escape(title),

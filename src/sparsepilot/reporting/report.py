@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sparsepilot.reporting.as_image import write_images
 from sparsepilot.reporting.figure import Picture
-from sparsepilot.reporting.labels import labels
+from sparsepilot.reporting.labels import labels, title
 from sparsepilot.reporting.overlay import overlay
 from sparsepilot.reporting.page import PAGE, write_page
 from sparsepilot.reporting.pictures import registered
@@ -34,7 +34,7 @@ def draw_pictures(runs: Sequence[Run], names: Sequence[str]) -> list[Picture]:
 def write_pictures(pictures: Sequence[Picture], runs: Sequence[Run], names: Sequence[str], out: Path) -> Path:
     """Writes `<picture>.png`, `<picture>.svg` and the page; returns the page."""
     out.mkdir(parents=True, exist_ok=True)
-    subtitle = names[0] if len(runs) == 1 else f"{len(runs)} runs" if runs else ""
+    subtitle = title(runs, names) if runs else ""
     for picture in pictures:
         write_images(picture, out, subtitle)
     return write_page(pictures, runs, names, out / PAGE)
