@@ -36,6 +36,13 @@ BASE = (
     f"callbacks.validate_every_samples={BATCH * VALIDATE_STEPS}",
 )
 
+SEVERAL = (
+    "+trainees.wide.model.d_sae=768",
+    *("+model@trainees.jump.model=jumprelu", "trainees.jump.model.d_sae=256"),
+    *("+controller@trainees.jump.controller=l0_target", "trainees.jump.controller.target_l0=6"),
+)
+"""Two dictionaries in the place of one."""
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -85,6 +92,7 @@ class RunUnderTest:
         launcher: how a process is started.
         bug: a name in planted_bug.BUGS, or none.
         threads: of torch.
+        options: after those of the small run.
     """
 
     def __init__(
@@ -96,11 +104,12 @@ class RunUnderTest:
         launcher: Launch = launch,
         bug: str | None = None,
         threads: int = 1,
+        options: tuple[str, ...] = (),
     ) -> None:
         self.folder, self.accumulate, self.reference, self.bug = folder, accumulate, reference, bug
         self._launch = launcher
         own = (f"data.path={cache}", f"run_dir={folder}", f"accumulate={accumulate}", f"threads={threads}")
-        self._options = (*BASE, *own)
+        self._options = (*BASE, *own, *options)
 
     def start(self, environment: Mapping[str, str] | None = None, more: tuple[str, ...] = ()) -> Ended:
         """Starts train.py, or goes on with it, until it ends one way or another."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from killing.compare import run_differences
-from killing.runs import BATCH, Ended, Kill, RunUnderTest
+from killing.runs import BATCH, SEVERAL, Ended, Kill, RunUnderTest
 from warm import Warm
 
 from sparsepilot.rows import read_rows
@@ -99,6 +99,18 @@ def test_killed_ranks_end_as_unbroken_ones(
     assert run.kill(kill, tmp_path / "fault.log")["problems"] == []
     assert time.monotonic() - began_s < 60  # no rank waits for the dead one
     assert_ends_equal(run.finish())
+
+
+def test_ranks_with_several_trainees_are_killed_and_go_on(lab: Lab, tmp_path: Path) -> None:
+    def run(folder: Path, reference: Path | None, victim: int | None) -> RunUnderTest:
+        launcher = Ranks(lab.warm, 2, victim)
+        return RunUnderTest(folder, lab.folder / "cache", 1, reference, launcher=launcher, options=SEVERAL)
+
+    ended = run(tmp_path / "unbroken", None, None).start()
+    assert ended.code == 0, ended.out
+    broken = run(tmp_path / "run", tmp_path / "unbroken", 1)
+    assert broken.kill(Kill("mid-step", "mid-step", 47, 0.0), tmp_path / "fault.log")["problems"] == []
+    assert_ends_equal(broken.finish())
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -33,12 +33,12 @@ OWN: dict[str, tuple[str, ...]] = {
     ),
     # asks for validations of its own
     "steps": (
-        *("model=batchtopk", "model.sites={read:[a],write:[c]}", "model.skip=true", "model/revival=none"),
+        *("model=batchtopk", "model.sites={read:[a],write:[c]}", "model.skip=true", "model/revival=none", "model.d_sae=56"),
         *("controller=pareto", "controller.targets=[12,7,4]", "controller.lag_steps=2", "controller.hold=0.5"),
     ),
     # draws in training, and clips often
     "drawn": (
-        *("model=topk", "model.sites=[b]", "model.k=1", "model/prefixes=random"),
+        *("model=topk", "model.sites=[b]", "model.d_sae=80", "model.k=1", "model/prefixes=random"),
         *("model/revival=resample", "model.revival.every_samples=1024"),
     ),
 }
