@@ -77,6 +77,8 @@ def claim(run_dir: str, resume: str, config: dict[str, Any]) -> Claim:
         while (fresh := RunFolder(f"{run_dir}-{number}")).exists():
             number += 1
         return Claim(fresh, notes=[f"{folder.path} holds a run; starting a fresh one in {fresh.path}"])
+    if not folder.identity.exists():
+        raise ConfigError(f"run_dir = {folder.path}: is one of several trainees of another run; set another run_dir")
     was = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder.config)))
     found = Claim(folder, changes=allowed_changes(was, config))
     found.lock()

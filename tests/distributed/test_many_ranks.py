@@ -131,7 +131,8 @@ def test_trainees_of_many_ranks_are_their_runs_alone(lab: Lab, tmp_path: Path) -
     """Bit for bit at the same number of ranks, rows and parameters; BatchTopK selects over both ranks."""
     given = {"small": ("model.d_sae=96", "model.k=3"), "batch": ("model.k=2.5",)}
     own = [f"++trainees.{name}.{option}" for name, options in given.items() for option in options]
-    both = lab.run(tmp_path / "both", 2, "+model@trainees.batch.model=batchtopk", "+trainees.batch.model.d_sae=128", *own)
+    own += ["+model@trainees.batch.model=batchtopk", "trainees.batch.model.d_sae=128"]
+    both = lab.run(tmp_path / "both", 2, *own)
     for name, options in given.items():
         alone = lab.run(tmp_path / name, 2, f"model={'batchtopk' if name == 'batch' else 'topk'}", *options)
         assert list(rows_of_trainee(both.rows, name, given)) == alone.rows
