@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,14 @@ def test_each_is_its_run_alone_bit_for_bit(train_sites, tmp_path: Path) -> None:
 TWO = ("++trainees.small.model.d_sae=32", "++trainees.wide.model.d_sae=64", "model.k=4")
 
 
-def test_a_finished_run_gives_each_to_whoever_asks(train_sites, tmp_path: Path, capsys) -> None:
+def test_a_finished_run_gives_each_to_whoever_asks(train_sites, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sparsepilot.callbacks.progress.PLAIN_EVERY_S", 0.0)
     run = tmp_path / "run"
     summary = train_sites(*TWO, "report=true")
     said = capsys.readouterr().out
     for word in ("small", "wide", " of 32", " of 64"):
         assert word in said
+    assert re.search(r"training 0.00 / 0.00M samples .*  small L0 4 FVU 0?\.\d+  wide L0 4 FVU 0?\.\d+\n", said)
     assert f"sparsepilot.load('{run / 'small'}')" in said
     assert summary["metrics"]["small/val/fvu"] != summary["metrics"]["wide/val/fvu"]
     own = json.loads((run / "wide" / "summary.json").read_text())
