@@ -97,8 +97,7 @@ def one_run(cfg: DictConfig) -> Iterator[None]:
             traceback.print_exc()
         line = line or " ".join(f"{type(error).__name__}: {error}".split())
         told = _is_mine_to_say(error, line)
-        record.failed(line, knows=told and not _is_secondhand(error))
-        if told:
+        if record.failed(line, knows=told and not _is_secondhand(error)) and told:
             print(f"error: {line}", file=sys.stderr)
         if launch.handed is not None:
             raise SystemExit(2) from None

@@ -44,11 +44,18 @@ class Record:
             member = self._sweep.member(self.place.number)
             self._sweep.write(replace(member, run_dir=str(cfg.run_dir), status="done"))
 
-    def failed(self, line: str, knows: bool) -> None:
-        """It has ended with an error; where another process knows more of it (`knows` is false), that stays."""
+    def failed(self, line: str, knows: bool) -> bool:
+        """It has ended with an error; where another process knows more of it (`knows` is false), that stays.
+
+        Returns:
+            Whether this is news.
+        """
         with contextlib.suppress(OSError):  # of a full disk the user is told on the screen
-            if knows or (self._notes and self._sweep.member(self.place.number).error is None):
+            if not knows and self._sweep.member(self.place.number).error is not None:
+                return False
+            if knows or self._notes:
                 self._sweep.mark(self.place.number, "failed", line)
+        return True
 
     def left(self) -> None:
         """A signal has ended it, with everything saved."""
