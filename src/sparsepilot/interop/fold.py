@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 PER_ROW = {"topk"}
 """Architectures that compare latents with each other: their codes may be scaled by one number only."""
+BLOCK_NUMBERS = 2**20
+"""of a matrix that are in fp64 at a time"""
 
 
 def fold(cfg: dict[str, Any], tensors: dict[str, Tensor], scale_in_D: Tensor, scale_out_D: Tensor) -> dict[str, Tensor]:
@@ -25,38 +28,61 @@ def fold(cfg: dict[str, Any], tensors: dict[str, Tensor], scale_in_D: Tensor, sc
     Returns W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_out], b_dec and, where there is such a thing, threshold, r_mag,
     b_mag ([d_sae]), W_skip [d_out, d_in]; a cross-layer transcoder's W_enc is [d_in of one layer, d_sae].
     """
-    W_enc_FD, W_dec_FD = tensors["W_enc"].double(), tensors["W_dec"].double()
     s_in, s_out = scale_in_D.double(), scale_out_D.double()
-    d_sae, width = W_enc_FD.shape
+    d_sae, width = tensors["W_enc"].shape
     readers = s_in.numel() // width
-    W_dec_FD = W_dec_FD / s_out
-    norms_F = W_dec_FD.norm(dim=1).clamp_min(1e-30)
+    # in fp64 a block of latents at a time: a second dictionary in fp64 might not fit where one in fp32 does
+    size = max(1, BLOCK_NUMBERS // max(width, s_out.numel()))
+    blocks = [slice(start, min(start + size, d_sae)) for start in range(0, d_sae, size)]
+    norms_F = torch.cat([(tensors["W_dec"][block].double() / s_out).norm(dim=1) for block in blocks]).clamp_min(1e-30)
     if cfg["architecture"] in PER_ROW:
         norms_F = norms_F.mean().expand_as(norms_F)
-    n_F1 = norms_F[:, None]
-    scales_FD = per_latent(s_in, readers, d_sae)
-    folded = {
-        "W_enc": n_F1 * scales_FD * W_enc_FD,
-        "b_enc": norms_F * tensors["b_enc"].double(),
-        "W_dec": W_dec_FD / n_F1,
-        "b_dec": tensors["b_dec"].double() / s_out,
-    }
-    if "threshold" in tensors:
-        folded["threshold"] = norms_F * tensors["threshold"].double()
-    if "r_mag" in tensors:
-        folded |= {"r_mag": tensors["r_mag"].double(), "b_mag": norms_F * tensors["b_mag"].double()}
-    if "W_skip" in tensors:
-        folded["W_skip"] = tensors["W_skip"].double() * s_in / s_out[:, None]
+    b_in_D = None
     if cfg["blocks"] in ("transcoder", "cross_layer_transcoder"):
         b_in_D = tensors["b_in"].double() / s_in
-        shift_F = (folded["W_enc"] * per_latent(b_in_D, readers, d_sae)).sum(dim=1)
+    per_latent_names = ("W_enc", "b_enc", "W_dec", "threshold", "r_mag", "b_mag")
+    own = {name: tensors[name] for name in per_latent_names if name in tensors}
+    scales_FD = per_latent(s_in, readers, d_sae)
+    shifts_FD = None if b_in_D is None else per_latent(b_in_D, readers, d_sae)
+    folded = {
+        name: torch.empty((width, d_sae) if name == "W_enc" else tuple(tensor.shape)) for name, tensor in own.items()
+    }
+    for block in blocks:
+        part = _fold_block(
+            {name: tensor[block].double() for name, tensor in own.items()},
+            norms_F[block], scales_FD[block], s_out, None if shifts_FD is None else shifts_FD[block],
+        )  # fmt: skip
+        folded["W_enc"][:, block] = part.pop("W_enc").T
+        for name, values in part.items():
+            folded[name][block] = values
+    b_dec_D = tensors["b_dec"].double() / s_out
+    if "W_skip" in tensors:
+        W_skip = tensors["W_skip"].double() * s_in / s_out[:, None]
+        folded["W_skip"] = W_skip.float().cpu()
+        if b_in_D is not None:
+            b_dec_D = b_dec_D - W_skip @ b_in_D
+    return folded | {"b_dec": b_dec_D.float().cpu()}
+
+
+def _fold_block(
+    tensors: dict[str, Tensor], norms_F: Tensor, scales_FD: Tensor, s_out: Tensor, shifts_FD: Tensor | None
+) -> dict[str, Tensor]:
+    """The formulas of `fold` for some of the latents, in fp64; W_enc as [F, width]."""
+    n_F1 = norms_F[:, None]
+    folded = {
+        "W_enc": n_F1 * scales_FD * tensors["W_enc"],
+        "b_enc": norms_F * tensors["b_enc"],
+        "W_dec": tensors["W_dec"] / s_out / n_F1,
+    }
+    folded |= {name: norms_F * tensors[name] for name in ("threshold", "b_mag") if name in tensors}
+    if "r_mag" in tensors:
+        folded["r_mag"] = tensors["r_mag"]
+    if shifts_FD is not None:
+        shift_F = (folded["W_enc"] * shifts_FD).sum(dim=1)
         folded["b_enc"] = folded["b_enc"] - shift_F
         if "b_mag" in folded:
             folded["b_mag"] = folded["b_mag"] - folded["r_mag"].exp() * shift_F
-        if "W_skip" in folded:
-            folded["b_dec"] = folded["b_dec"] - folded["W_skip"] @ b_in_D
-    folded["W_enc"] = folded["W_enc"].T
-    return {name: tensor.float().cpu().contiguous() for name, tensor in folded.items()}
+    return folded
 
 
 def unfold(
