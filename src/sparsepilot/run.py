@@ -20,6 +20,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from torch import Tensor
 
 from sparsepilot import faults, launch
 from sparsepilot.autoencoders.base import Autoencoder
@@ -43,6 +44,7 @@ from sparsepilot.interop.fold import fold
 from sparsepilot.parallel import agreement
 from sparsepilot.parallel.collectives import rank
 from sparsepilot.parallel.ddp import DataParallel
+from sparsepilot.parallel.shards import gather_to_first
 from sparsepilot.process_memory import keep_freed_memory
 from sparsepilot.ranks import ranks_here
 from sparsepilot.reporting.environment import environment
@@ -103,7 +105,8 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
                 trainer.fit(module, datamodule=data, ckpt_path=claimed.checkpoint, weights_only=True)
             finally:
                 log.close()
-            summary = finish(folder, module, data) if claimed.writes else {}
+            tensors = trained_tensors(module)
+            summary = finish(folder, module, data, tensors) if claimed.writes else {}
             if cfg.report and claimed.writes:
                 report_or_say(folder, lambda text: console.print(text, highlight=False))
                 wandb.add_pictures()
@@ -360,7 +363,16 @@ def build_loggers(cfg: DictConfig, samples: int) -> list[Logger]:
 # ---------------------------------------------------------------------------------------------------- after a run
 
 
-def finish(folder: RunFolder, module: TrainingModule, data: ActivationData) -> dict[str, Any]:
+def trained_tensors(module: TrainingModule) -> dict[str, Tensor]:
+    """The trained dictionary on rank 0, nothing on the others; all of them call it."""
+    trainee = cast(Trainee, module.trainees["sae"])
+    gathered = {name: gather_to_first(tensor) for name, tensor in trainee.autoencoder.inference_tensors().items()}
+    return {name: tensor for name, tensor in gathered.items() if tensor is not None}
+
+
+def finish(
+    folder: RunFolder, module: TrainingModule, data: ActivationData, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
     """Writes the trained dictionary and summary.json."""
     trainee = cast(Trainee, module.trainees["sae"])
     autoencoder = trainee.autoencoder
@@ -373,7 +385,7 @@ def finish(folder: RunFolder, module: TrainingModule, data: ActivationData) -> d
         "source": data.cache.source,
         "input_scale_in_training": [site.scale for site in trainee.sites.reads],
     }
-    folded = fold(cfg_out, autoencoder.inference_tensors(), trainee.scale_in, trainee.scale_out)
+    folded = fold(cfg_out, tensors, trainee.scale_in.cpu(), trainee.scale_out.cpu())
     dictionary.save(folder.path, cfg_out, folded)
     faults.point("finish-dictionary")
     summary = summarise(folder, module)

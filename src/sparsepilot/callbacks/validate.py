@@ -40,9 +40,10 @@ class ValidateEvery(L.Callback):
             return
         wanted = pl_module.wants_validation()
         if wanted or _crossed(pl_module, self.every_samples) or pl_module.step >= pl_module.total_steps:
-            _run_validation_loop(trainer)
+            with pl_module.whole():
+                _run_validation_loop(trainer)
         elif self.cross_entropy_every_samples is not None and _crossed(pl_module, self.cross_entropy_every_samples):
-            with self._log.apart_from_training():
+            with self._log.apart_from_training(), pl_module.whole():
                 self._log.write(trainer, pl_module.measure_cross_entropy())
 
 
