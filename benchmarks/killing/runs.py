@@ -85,6 +85,7 @@ class RunUnderTest:
         launcher: how a process is started.
         bug: a name in planted_bug.BUGS, or none.
         threads: of torch.
+        rank: of several, the one that is killed within a write.
     """
 
     def __init__(
@@ -96,9 +97,10 @@ class RunUnderTest:
         launcher: Launch = launch,
         bug: str | None = None,
         threads: int = 1,
+        rank: int = 0,
     ) -> None:
         self.folder, self.accumulate, self.reference, self.bug = folder, accumulate, reference, bug
-        self._launch = launcher
+        self._launch, self.rank = launcher, rank
         own = (f"data.path={cache}", f"run_dir={folder}", f"accumulate={accumulate}", f"threads={threads}")
         self._options = (*BASE, *own)
 
@@ -184,9 +186,13 @@ class RunUnderTest:
 
     def _writes_per_checkpoint(self) -> int:
         assert self.reference is not None
-        state = torch.load(list_checkpoints(self.reference / "checkpoints")[0][1], weights_only=True)
+        newest = list_checkpoints(self.reference / "checkpoints")[0][1]
+        files = [newest]
+        if newest.is_dir():
+            files = [newest / f"rank-{self.rank:05d}.ckpt", *([newest / "index.ckpt"] if self.rank == 0 else [])]
         counter = _Counter()
-        torch.save(state, counter)  # type: ignore[arg-type]
+        for file in files:
+            torch.save(torch.load(file, weights_only=True), counter)  # type: ignore[arg-type]
         return counter.writes
 
     def _scene(self) -> dict[str, Any]:
@@ -195,7 +201,12 @@ class RunUnderTest:
         return {
             "last_row_step": rows[-1]["step"] if rows else 0,
             "torn": [name for name in ("metrics.jsonl", "timing.jsonl") if _is_torn(self.folder / name)],
-            "checkpoint_tmp_bytes": sum(p.stat().st_size for p in self.folder.glob("checkpoints/samples-*.tmp")),
+            "checkpoint_tmp_bytes": sum(
+                file.stat().st_size
+                for path in self.folder.glob("checkpoints/samples-*.tmp")
+                for file in (path, *path.rglob("*"))
+                if file.is_file()
+            ),
         }
 
 

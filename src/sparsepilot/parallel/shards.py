@@ -81,11 +81,10 @@ def sum_over_parts(values: Tensor, like: Tensor) -> Tensor:
 
 def mean_over_parts(values_N: Tensor, like: Tensor) -> Tensor:
     """The mean of numbers about some of the rows that each rank holds of `like`, over those of all ranks."""
-    if not isinstance(like, DTensor):
-        mean: Tensor = values_N.mean()
-        return mean
-    total, count = sum_over_parts(torch.stack([values_N.sum(), values_N.new_tensor(len(values_N))]), like)
-    mean = total / count
+    mean: Tensor = values_N.mean()
+    if isinstance(like, DTensor):
+        total, count = sum_over_parts(torch.stack([values_N.sum(), values_N.new_tensor(len(values_N))]), like)
+        mean = total / count
     return mean
 
 
@@ -122,7 +121,7 @@ def whole(module: nn.Module) -> Iterator[None]:
 
 
 def gather_to_first(tensor: Tensor) -> Tensor | None:
-    """The whole tensor, on CPU, on rank 0; None on the others, which hold no more than their part. All ranks call it."""
+    """The whole tensor, on CPU, on rank 0; None on the others, which hold no more than their part. All ranks call."""
     first = rank() == 0
     if not isinstance(tensor, DTensor):
         return tensor.cpu() if first else None
