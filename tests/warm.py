@@ -43,6 +43,7 @@ class Warm:
         arguments: list[str],
         environment: Mapping[str, str],
         of_rank: Mapping[int, Mapping[str, str]] | None = None,
+        file_bytes: Mapping[int, int] | None = None,
     ) -> list[Ended]:
         """So many ranks of one run, as torchrun would start them, until all have ended.
 
@@ -51,6 +52,7 @@ class Warm:
             arguments: of each.
             environment: of each.
             of_rank: what is added to the environment of one of them.
+            file_bytes: no file of this rank may grow past so many bytes.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -60,7 +62,7 @@ class Warm:
         pids = []
         for rank, out in enumerate(outs):
             env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **(of_rank or {}).get(rank, {})}
-            pids.append(self._start(arguments, env, out, None))
+            pids.append(self._start(arguments, env, out, (file_bytes or {}).get(rank)))
         return [self._end(pid, out) for pid, out in zip(pids, outs, strict=True)]
 
     def _start(self, arguments: list[str], environment: Mapping[str, str], out: Path, file_bytes: int | None) -> int:

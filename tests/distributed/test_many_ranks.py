@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "matryoshka": ("model=matryoshka", "model.k=2.5"),
     "random prefixes": ("model=topk", "model.k=3", "model/prefixes=random"),
     "jumprelu": ("model=jumprelu", "controller=ramp", "controller.end=0.5"),
+    "jumprelu, steered": ("model=jumprelu", "model/revival=aux_k", "controller=l0_target", "controller.target_l0=6"),
     "jumprelu tanh": ("model=jumprelu", "model.recipe=tanh", "model/revival=pre_activation"),
     "gated": ("model=gated", "model/revival=aux_k"),
     "relu": ("model=relu", "controller=ramp"),
@@ -45,6 +46,10 @@ CASES: dict[str, tuple[str, ...]] = {
 
 FOUR = ("topk", "batchtopk", "jumprelu", "resampling", "accumulated")
 """Cases that four ranks train, too; for the others two must do."""
+DIVIDED = {
+    "topk": (2, 4), "batchtopk": (2, 4), "jumprelu, steered": (2, 4), "resampling": (4,), "accumulated": (2,), "muon": (2,),
+}  # fmt: skip
+"""Cases that are trained with parameters divided among ranks, too, and among how many."""
 SENSITIVE = {"relu, p-annealed": 5, "muon": 5}
 """Cases that blow rounding up (u^p where u is nearly 0; orthogonalising in bfloat16), and for how many steps they
 agree. One rank with two micro-batches drifts from one rank with one just as fast."""
@@ -66,22 +71,22 @@ class Lab:
         self.warm = Warm(folder)
         self.options = [*OPTIONS, f"data.path={folder}/cache"]
 
-    def run(self, folder: Path, world: int, *options: str) -> Run:
+    def run(self, folder: Path, world: int, *options: str, trainer: str = "ddp_gloo") -> Run:
         """Trains with so many ranks, all of which must end well."""
-        for rank, ended in enumerate(self.start(folder, world, *options)):
+        for rank, ended in enumerate(self.start(folder, world, *options, trainer=trainer)):
             assert ended.code == 0, f"rank {rank}: {ended.out}"
             assert rank == 0 or ended.out == "", ended.out  # one of them talks
         files = [folder.with_name(f"{folder.name}-{rank}.jsonl") for rank in range(world)]
         seen = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
         return Run(list(read_rows(folder / "metrics.jsonl")), seen)
 
-    def start(self, folder: Path, world: int, *options: str) -> list[Ended]:
+    def start(self, folder: Path, world: int, *options: str, trainer: str = "ddp_gloo") -> list[Ended]:
         """The same, however they end."""
         environment = {"WATCHED": str(folder.with_name(f"{folder.name}-{{rank}}.jsonl"))}
         arguments = [WATCHED, *self.options, f"run_dir={folder}", *options]
         if world == 1:
             return [self.warm(arguments, environment)]
-        ranks = ["trainer=ddp_gloo", f"trainer.devices={world}"]
+        ranks = [f"trainer={trainer}", f"trainer.devices={world}"]
         return self.warm.ranks(world, arguments + ranks, environment)
 
 
@@ -131,8 +136,9 @@ def test_gradients_in_bfloat16_train_nearly_as_well(lab: Lab, tmp_path: Path) ->
 def test_many_ranks_train_as_one(lab: Lab, tmp_path: Path, case: str) -> None:
     one = lab.run(tmp_path / "one", 1, *CASES[case])
     assert one.ranks[0][-1]["step"] == STEPS
-    for world in (2, 4) if case in FOUR else (2,):
-        many = lab.run(tmp_path / f"ranks{world}", world, *CASES[case])
+    worlds = [("ddp_gloo", world) for world in ((2, 4) if case in FOUR else (2,))]
+    for trainer, world in [*worlds, *(("fsdp_cpu", world) for world in DIVIDED.get(case, ()))]:
+        many = lab.run(tmp_path / f"{trainer}{world}", world, *CASES[case], trainer=trainer)
         assert_same_training(one, many, SENSITIVE.get(case, STEPS))
         for steps in zip(one.ranks[0], *many.ranks, strict=True):
             alone, *ranks = steps

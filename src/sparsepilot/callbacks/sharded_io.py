@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -145,7 +146,10 @@ def is_whole_folder(path: Path) -> bool:
     """Whether every byte of every file of a sharded checkpoint is as it was written."""
     if digest_of(path / INDEX) is None:
         return False
-    files: dict[str, str] = read_sealed(path / INDEX, mapped=True)["files"]
+    try:
+        files: dict[str, str] = read_sealed(path / INDEX, mapped=True)["files"]
+    except (UnpicklingError, KeyError, TypeError):  # somebody else's
+        return False
     with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing lets other threads run
         return list(pool.map(lambda name: digest_of(path / name), files)) == list(files.values())
 
