@@ -13,6 +13,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from sparsepilot import faults
 from sparsepilot.callbacks.sealed_file import digest_of, read_sealed, write_sealed
 from sparsepilot.callbacks.sharded_io import Place, is_spread, is_whole_folder, load_any, save_sharded
+from sparsepilot.parallel.collectives import rank
 from sparsepilot.run_folder import sync_folder
 
 NAME = re.compile(r"samples-(\d+)\.ckpt")
@@ -29,14 +30,14 @@ class CrashSafeIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """A folder where a tensor is spread (then all ranks call this), a file otherwise (then rank 0 alone does).
+        """A folder where a tensor is spread (then all ranks must call this), otherwise a file, which rank 0 writes.
 
         Raises CheckpointError when the disk is full or not writable; earlier checkpoints stay whole.
         """
         path = Path(path)
         if is_spread(checkpoint):
             save_sharded(checkpoint, path)
-        else:
+        elif rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_sealed(path, checkpoint, "checkpoint-rename")
 

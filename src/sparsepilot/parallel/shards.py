@@ -92,9 +92,8 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of all of them together (of gradients), over all ranks."""
     if not any(isinstance(tensor, DTensor) for tensor in tensors):
         return torch.nn.utils.get_total_norm(tensors)
-    norms = torch.stack([torch.linalg.vector_norm(own(tensor)) for tensor in tensors])
-    copies = norms.new_tensor([_num_copies(tensor) for tensor in tensors], dtype=torch.float64)
-    return all_reduce_sum_(norms.double().square() / copies).sum().sqrt().to(norms.dtype)
+    squares = [torch.linalg.vector_norm(own(tensor)).double().square() / _num_copies(tensor) for tensor in tensors]
+    return all_reduce_sum_(torch.stack(squares)).sum().sqrt().float()
 
 
 def scale_down_(tensors: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
