@@ -1,7 +1,7 @@
 """Four ranks save tensors that are spread in every way that a mesh allows, or one to four read them, spread otherwise.
 
-    python tests/distributed/spreading.py save <folder>
-    python tests/distributed/spreading.py load <folder>
+python tests/distributed/spreading.py save <folder>
+python tests/distributed/spreading.py load <folder>
 """
 
 from __future__ import annotations

@@ -128,9 +128,7 @@ def test_killed_ranks_with_divided_parameters_end_as_unbroken_ones(
     lab: Lab, tmp_path: Path, victim: int | None, kill: Kill
 ) -> None:
     run = lab.run(tmp_path / "run", 2, victim, "fsdp_cpu")
-    began_s = time.monotonic()
     assert run.kill(kill, tmp_path / "fault.log")["problems"] == []
-    assert time.monotonic() - began_s < 60
     whole = [path for _, path in list_checkpoints(run.folder / "checkpoints") if is_whole(path)]
     assert all(sorted(file.name for file in path.iterdir()) == FILES for path in whole)
     assert len(whole) >= 2

@@ -33,7 +33,10 @@ CASES: dict[str, tuple[str, ...]] = {
     "matryoshka": ("model=matryoshka", "model.k=2.5"),
     "random prefixes": ("model=topk", "model.k=3", "model/prefixes=random"),
     "jumprelu": ("model=jumprelu", "controller=ramp", "controller.end=0.5"),
-    "jumprelu, steered": ("model=jumprelu", "model/revival=aux_k", "controller=l0_target", "controller.target_l0=6"),
+    "jumprelu, steered": (
+        *("model=jumprelu", "model/revival=aux_k", "model.threshold=2"),  # so high that some latents never fire
+        *("controller=l0_target", "controller.target_l0=1"),
+    ),
     "jumprelu tanh": ("model=jumprelu", "model.recipe=tanh", "model/revival=pre_activation"),
     "gated": ("model=gated", "model/revival=aux_k"),
     "relu": ("model=relu", "controller=ramp"),
@@ -47,8 +50,9 @@ CASES: dict[str, tuple[str, ...]] = {
 FOUR = ("topk", "batchtopk", "jumprelu", "resampling", "accumulated")
 """Cases that four ranks train, too; for the others two must do."""
 DIVIDED = {
-    "topk": (2, 4), "batchtopk": (2, 4), "jumprelu, steered": (2, 4), "resampling": (4,), "accumulated": (2,), "muon": (2,),
-}  # fmt: skip
+    **{"topk": (2, 4), "batchtopk": (2, 4), "jumprelu, steered": (2, 4)},
+    **{"resampling": (4,), "accumulated": (2,), "muon": (2,)},
+}
 """Cases that are trained with parameters divided among ranks, too, and among how many."""
 SENSITIVE = {"relu, p-annealed": 5, "muon": 5}
 """Cases that blow rounding up (u^p where u is nearly 0; orthogonalising in bfloat16), and for how many steps they
