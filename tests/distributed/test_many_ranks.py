@@ -50,8 +50,12 @@ CASES: dict[str, tuple[str, ...]] = {
 FOUR = ("topk", "batchtopk", "jumprelu", "resampling", "accumulated")
 """Cases that four ranks train, too; for the others two must do."""
 DIVIDED = {
-    **{"topk": (2, 4), "batchtopk": (2, 4), "jumprelu, steered": (2, 4)},
-    **{"resampling": (4,), "accumulated": (2,), "muon": (2,)},
+    "topk": (2, 4),
+    "batchtopk": (2, 4),
+    "jumprelu, steered": (2, 4),
+    "resampling": (4,),
+    "accumulated": (2,),
+    "muon": (2,),
 }
 """Cases that are trained with parameters divided among ranks, too, and among how many."""
 SENSITIVE = {"relu, p-annealed": 5, "muon": 5}
