@@ -20,7 +20,6 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from torch import Tensor
 
 from sparsepilot import faults, launch
 from sparsepilot.autoencoders.base import Autoencoder
@@ -105,8 +104,7 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
                 trainer.fit(module, datamodule=data, ckpt_path=claimed.checkpoint, weights_only=True)
             finally:
                 log.close()
-            tensors = trained_tensors(module)
-            summary = finish(folder, module, data, tensors) if claimed.writes else {}
+            summary = finish(folder, module, data, claimed.writes)
             if cfg.report and claimed.writes:
                 report_or_say(folder, lambda text: console.print(text, highlight=False))
                 wandb.add_pictures()
@@ -363,19 +361,14 @@ def build_loggers(cfg: DictConfig, samples: int) -> list[Logger]:
 # ---------------------------------------------------------------------------------------------------- after a run
 
 
-def trained_tensors(module: TrainingModule) -> dict[str, Tensor]:
-    """The trained dictionary on rank 0, nothing on the others; all of them call it."""
-    trainee = cast(Trainee, module.trainees["sae"])
-    gathered = {name: gather_to_first(tensor) for name, tensor in trainee.autoencoder.inference_tensors().items()}
-    return {name: tensor for name, tensor in gathered.items() if tensor is not None}
-
-
-def finish(
-    folder: RunFolder, module: TrainingModule, data: ActivationData, tensors: dict[str, Tensor]
-) -> dict[str, Any]:
-    """Writes the trained dictionary and summary.json."""
+def finish(folder: RunFolder, module: TrainingModule, data: ActivationData, writes: bool) -> dict[str, Any]:
+    """Writes the trained dictionary and summary.json on the rank that `writes`; all ranks call it, with their parts."""
     trainee = cast(Trainee, module.trainees["sae"])
     autoencoder = trainee.autoencoder
+    gathered = {name: gather_to_first(tensor) for name, tensor in autoencoder.inference_tensors().items()}
+    tensors = {name: tensor for name, tensor in gathered.items() if tensor is not None}
+    if not writes:
+        return {}
     cfg_out = {
         **autoencoder.inference_config(trainee.controller.strength),
         "sites": [site.name for site in trainee.sites.reads],

@@ -21,9 +21,6 @@ from sparsepilot.rows import read_rows
 
 pytestmark = pytest.mark.slow  # dozens of processes
 
-FILES = ["index.ckpt", "rank-00000.ckpt", "rank-00001.ckpt"]
-"""of a checkpoint of two ranks whose parameters are divided"""
-
 
 class Ranks:
     """A launcher for `RunUnderTest`: so many processes in the place of one."""
@@ -115,31 +112,23 @@ def test_killed_ranks_end_as_unbroken_ones(
     assert_ends_equal(run.finish())
 
 
-@pytest.mark.parametrize(
-    ("victim", "kill"),
-    [
-        (None, Kill("mid-step", "mid-step", 33, 0.0)),
-        (1, Kill("checkpoint", "checkpoint-write", 35, 0.6)),
-        (1, Kill("checkpoint", "checkpoint-shard", 43, 0.0)),
-        (0, Kill("checkpoint", "checkpoint-rename", 48, 0.0)),
-    ],
-)
-def test_killed_ranks_with_divided_parameters_end_as_unbroken_ones(
-    lab: Lab, tmp_path: Path, victim: int | None, kill: Kill
-) -> None:
-    run = lab.run(tmp_path / "run", 2, victim, "fsdp_cpu")
-    assert run.kill(kill, tmp_path / "fault.log")["problems"] == []
-    whole = [path for _, path in list_checkpoints(run.folder / "checkpoints") if is_whole(path)]
-    assert all(sorted(file.name for file in path.iterdir()) == FILES for path in whole)
-    assert len(whole) >= 2
-    assert_ends_equal(run.finish())
-
-
-def test_a_rank_without_space_and_a_damaged_part(lab: Lab, tmp_path: Path) -> None:
-    """One rank's disk is full: all end, one says so. One bit of one rank's file: the checkpoint before it is taken."""
-    run = lab.run(tmp_path / "run", 2, 0, "fsdp_cpu")
-    assert run.kill(Kill("mid-step", "mid-step", 47, 0.0), tmp_path / "fault.log")["problems"] == []
+def test_divided_parameters_end_as_unbroken_ones_whatever_happened(lab: Lab, tmp_path: Path) -> None:
+    """All ranks killed, one within its file, one when its file is written, rank 0 before it gives the folder its name;
+    one rank's disk is full (all end, one says so); one bit of one rank's file is another (the one before is taken)."""
+    for victim, kill, resumes_at in (
+        (None, Kill("mid-step", "mid-step", 33, 0.0), 30),
+        (1, Kill("checkpoint", "checkpoint-write", 35, 0.6), 30),
+        (1, Kill("checkpoint", "checkpoint-shard", 43, 0.0), 40),
+        (0, Kill("checkpoint", "checkpoint-rename", 57, 0.0), 50),
+    ):
+        run = lab.run(tmp_path / "run", 2, victim, "fsdp_cpu")
+        assert run.kill(kill, tmp_path / "fault.log")["problems"] == []
+        assert run.resumes_at == resumes_at
     before = list_checkpoints(run.folder / "checkpoints")
+    assert len(before) == 2
+    for _, path in before:
+        assert is_whole(path)
+        assert sorted(file.name for file in path.iterdir()) == ["index.ckpt", "rank-00000.ckpt", "rank-00001.ckpt"]
 
     def on_a_full_disk(arguments: list[str], environment: Mapping[str, str]) -> Ended:
         options = [*arguments, "trainer=fsdp_cpu", "trainer.devices=2"]
@@ -157,7 +146,7 @@ def test_a_rank_without_space_and_a_damaged_part(lab: Lab, tmp_path: Path) -> No
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    assert run.resumes_at == 30
+    assert run.resumes_at == 40
     assert_ends_equal(run.finish())
 
 
