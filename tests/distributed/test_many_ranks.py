@@ -78,6 +78,13 @@ class Lab:
         self.folder = folder
         self.warm = Warm(folder)
         self.options = [*OPTIONS, f"data.path={folder}/cache"]
+        self._alone: dict[str, Run] = {}
+
+    def one(self, case: str) -> Run:
+        """One process's run, made when it is first asked for."""
+        if case not in self._alone:
+            self._alone[case] = self.run(self.folder / f"one-{len(self._alone)}", 1, *CASES[case])
+        return self._alone[case]
 
     def run(self, folder: Path, world: int, *options: str, trainer: str = "ddp_gloo") -> Run:
         """Trains with so many ranks, all of which must end well."""
@@ -142,17 +149,25 @@ def test_gradients_in_bfloat16_train_nearly_as_well(lab: Lab, tmp_path: Path) ->
 
 @pytest.mark.parametrize("case", CASES)
 def test_many_ranks_train_as_one(lab: Lab, tmp_path: Path, case: str) -> None:
-    one = lab.run(tmp_path / "one", 1, *CASES[case])
+    one = lab.one(case)
     assert one.ranks[0][-1]["step"] == STEPS
-    worlds = [("ddp_gloo", world) for world in ((2, 4) if case in FOUR else (2,))]
-    for trainer, world in [*worlds, *(("fsdp_cpu", world) for world in DIVIDED.get(case, ()))]:
-        many = lab.run(tmp_path / f"{trainer}{world}", world, *CASES[case], trainer=trainer)
-        assert_same_training(one, many, SENSITIVE.get(case, STEPS))
-        for steps in zip(one.ranks[0], *many.ranks, strict=True):
-            alone, *ranks = steps
-            if "accumulate=2" not in CASES[case]:
-                assert [row for rank in ranks for row in rank["rows"]] == alone["rows"]
-            assert sorted(row for rank in ranks for row in rank["rows"]) == sorted(alone["rows"])
-            assert all(rank["digests"] == ranks[0]["digests"] for rank in ranks)
-            assert all(rank["strength"] == alone["strength"] for rank in ranks)
-            assert all(rank["without_gradient"] == [] for rank in ranks)
+    for world in (2, 4) if case in FOUR else (2,):
+        assert_trained_as_one(case, one, lab.run(tmp_path / f"ranks{world}", world, *CASES[case]))
+
+
+@pytest.mark.parametrize(("case", "world"), [(case, world) for case, worlds in DIVIDED.items() for world in worlds])
+def test_ranks_that_divide_the_parameters_train_as_one(lab: Lab, tmp_path: Path, case: str, world: int) -> None:
+    many = lab.run(tmp_path / "many", world, *CASES[case], trainer="fsdp_cpu")
+    assert_trained_as_one(case, lab.one(case), many)
+
+
+def assert_trained_as_one(case: str, one: Run, many: Run) -> None:
+    """The same rows, losses, counts and controls, and ranks that hold the same bits."""
+    assert_same_training(one, many, SENSITIVE.get(case, STEPS))
+    for alone, *ranks in zip(one.ranks[0], *many.ranks, strict=True):
+        if "accumulate=2" not in CASES[case]:
+            assert [row for rank in ranks for row in rank["rows"]] == alone["rows"]
+        assert sorted(row for rank in ranks for row in rank["rows"]) == sorted(alone["rows"])
+        assert all(rank["digests"] == ranks[0]["digests"] for rank in ranks)
+        assert all(rank["strength"] == alone["strength"] for rank in ranks)
+        assert all(rank["without_gradient"] == [] for rank in ranks)
