@@ -125,7 +125,7 @@ def test_divided_parameters_end_as_unbroken_ones_whatever_happened(lab: Lab, tmp
         assert run.kill(kill, tmp_path / "fault.log")["problems"] == []
         assert run.resumes_at == resumes_at
     before = list_checkpoints(run.folder / "checkpoints")
-    assert len(before) == 2
+    assert len(before) >= 2  # and the best one, where it is older
     for _, path in before:
         assert is_whole(path)
         assert sorted(file.name for file in path.iterdir()) == ["index.ckpt", "rank-00000.ckpt", "rank-00001.ckpt"]
