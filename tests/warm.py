@@ -37,8 +37,21 @@ class Warm:
         pid = self._start(arguments, environment, self._folder / "out.txt", file_bytes)
         return self._end(pid, self._folder / "out.txt")
 
-    def ranks(self, world: int, arguments: list[str], environment: Mapping[str, str]) -> list[Ended]:
-        """So many ranks of one run, as torchrun would start them, until all have ended."""
+    def ranks(
+        self,
+        world: int,
+        arguments: list[str],
+        environment: Mapping[str, str],
+        file_bytes: Mapping[int, int] | None = None,
+    ) -> list[Ended]:
+        """So many ranks of one run, as torchrun would start them, until all have ended.
+
+        Args:
+            world: how many.
+            arguments: of each.
+            environment: of each.
+            file_bytes: no file of this rank may grow past so many bytes.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -47,7 +60,7 @@ class Warm:
         pids = []
         for rank, out in enumerate(outs):
             env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            pids.append(self._start(arguments, env, out, None))
+            pids.append(self._start(arguments, env, out, (file_bytes or {}).get(rank)))
         return [self._end(pid, out) for pid, out in zip(pids, outs, strict=True)]
 
     def _start(self, arguments: list[str], environment: Mapping[str, str], out: Path, file_bytes: int | None) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sparsepilot.callbacks.checkpoint_io import is_whole, list_checkpoints
+from sparsepilot.callbacks.checkpoint_io import CrashSafeIO, is_whole, list_checkpoints
 
 FILES = ("metrics.jsonl", "**/sae.safetensors", "**/sae.json")
 """Of several trainees each has a dictionary in its own folder."""
@@ -34,7 +34,7 @@ def run_differences(reference: Path, other: Path) -> list[str]:
     damaged = [path for path in (ours[0][1], theirs[0][1]) if not is_whole(path)]
     if damaged:
         return [*found, *(f"{path}: damaged" for path in damaged)]
-    states = [torch.load(path, map_location="cpu", weights_only=True) for path in (ours[0][1], theirs[0][1])]
+    states = [CrashSafeIO().load_checkpoint(path, map_location="cpu") for path in (ours[0][1], theirs[0][1])]
     return [*found, *value_differences("checkpoint", *states)]
 
 

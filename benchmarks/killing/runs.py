@@ -196,15 +196,19 @@ class RunUnderTest:
             saves = math.ceil((step - begin) / SAVE_STEPS)
             if kill.point != "checkpoint-write":
                 return saves
-            writes = self._writes_per_checkpoint()
+            writes = self._writes_per_checkpoint(kill.rank or 0)
             return (saves - 1) * writes + 1 + int(kill.draw * writes)
         return 1 + int(kill.draw * 2) if kill.point == "resume-cut" else 1  # metrics.jsonl or timing.jsonl
 
-    def _writes_per_checkpoint(self) -> int:
+    def _writes_per_checkpoint(self, rank: int) -> int:
         assert self.reference is not None
-        state = torch.load(list_checkpoints(self.reference / "checkpoints")[0][1], weights_only=True)
+        newest = list_checkpoints(self.reference / "checkpoints")[0][1]
+        files = [newest]
+        if newest.is_dir():
+            files = [newest / f"rank-{rank:05d}.ckpt", *([newest / "index.ckpt"] if rank == 0 else [])]
         counter = _Counter()
-        torch.save(state, counter)  # type: ignore[arg-type]
+        for file in files:
+            torch.save(torch.load(file, weights_only=True), counter)  # type: ignore[arg-type]
         return counter.writes
 
     def _scene(self) -> dict[str, Any]:
@@ -213,7 +217,12 @@ class RunUnderTest:
         return {
             "last_row_step": rows[-1]["step"] if rows else 0,
             "torn": [name for name in ("metrics.jsonl", "timing.jsonl") if _is_torn(self.folder / name)],
-            "checkpoint_tmp_bytes": sum(p.stat().st_size for p in self.folder.glob("checkpoints/samples-*.tmp")),
+            "checkpoint_tmp_bytes": sum(
+                file.stat().st_size
+                for path in self.folder.glob("checkpoints/samples-*.tmp")
+                for file in (path, *path.rglob("*"))
+                if file.is_file()
+            ),
         }
 
 

@@ -22,6 +22,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from torch import Tensor
 
 from sparsepilot import faults, launch
 from sparsepilot.autoencoders.base import Autoencoder
@@ -48,6 +49,7 @@ from sparsepilot.interop.fold import fold
 from sparsepilot.parallel import agreement
 from sparsepilot.parallel.collectives import rank
 from sparsepilot.parallel.ddp import DataParallel
+from sparsepilot.parallel.shards import gather_to_first
 from sparsepilot.process_memory import keep_freed_memory
 from sparsepilot.ranks import ranks_here
 from sparsepilot.reporting.environment import environment
@@ -115,7 +117,7 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
                 trainer.fit(module, datamodule=data, ckpt_path=claimed.checkpoint, weights_only=True)
             finally:
                 log.close()
-            summary = finish(folder, module, data) if claimed.writes else {}
+            summary = finish(folder, module, data, claimed.writes)
             if cfg.report and claimed.writes:
                 report_or_say(folder, lambda text: console.print(text, highlight=False))
                 wandb.add_pictures()
@@ -400,25 +402,33 @@ def build_loggers(cfg: DictConfig, samples: int) -> list[Logger]:
 # ---------------------------------------------------------------------------------------------------- after a run
 
 
-def finish(folder: RunFolder, module: TrainingModule, data: RunData) -> dict[str, Any]:
-    """Writes the trained dictionary and summary.json; of several trainees, each one's in its own folder, too."""
+def finish(folder: RunFolder, module: TrainingModule, data: RunData, writes: bool) -> dict[str, Any]:
+    """Writes the trained dictionary and summary.json on the rank that `writes`; all ranks call it, with their parts. Of
+    several trainees, each one's go into its own folder, too."""
     names = list(module.trainees)
     for name, (prefix, trainee) in zip(names, module.each(), strict=True):
-        save_dictionary(folder.of_trainee(name) if prefix else folder, trainee, module.samples, data)
+        gathered = {key: gather_to_first(tensor) for key, tensor in trainee.autoencoder.inference_tensors().items()}
+        if not writes:
+            continue
+        tensors = {key: tensor for key, tensor in gathered.items() if tensor is not None}
+        save_dictionary(folder.of_trainee(name) if prefix else folder, trainee, tensors, module.samples, data)
         faults.point("finish-dictionary")
         if prefix:
             rows = rows_of_trainee(read_rows(folder.metrics), name, names)
             write_json(folder.of_trainee(name).summary, summarise(folder, module, rows))
+    if not writes:
+        return {}
     summary = summarise(folder, module, read_rows(folder.metrics))
     write_json(folder.summary, summary)
     return summary
 
 
-def save_dictionary(folder: RunFolder, trainee: Trainee, samples: int, data: RunData) -> None:
-    """Writes a trained dictionary, for raw activations."""
-    autoencoder = trainee.autoencoder
+def save_dictionary(
+    folder: RunFolder, trainee: Trainee, tensors: dict[str, Tensor], samples: int, data: RunData
+) -> None:
+    """Writes a trained dictionary, whose whole `tensors` these are, for raw activations."""
     cfg_out = {
-        **autoencoder.inference_config(trainee.controller.strength),
+        **trainee.autoencoder.inference_config(trainee.controller.strength),
         "sites": [site.name for site in trainee.sites.reads],
         "sites_out": [site.name for site in trainee.sites.writes or trainee.sites.reads],
         "samples": samples,
@@ -426,7 +436,7 @@ def save_dictionary(folder: RunFolder, trainee: Trainee, samples: int, data: Run
         "source": data.cache.source,
         "input_scale_in_training": [site.scale for site in trainee.sites.reads],
     }
-    folded = fold(cfg_out, autoencoder.inference_tensors(), trainee.scale_in, trainee.scale_out)
+    folded = fold(cfg_out, tensors, trainee.scale_in.cpu(), trainee.scale_out.cpu())
     dictionary.save(folder.path, cfg_out, folded)
 
 

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from killing.compare import run_differences
 from killing.ranks import Ranks
-from killing.runs import BATCH, SEVERAL, Kill, Launch, RunUnderTest
+from killing.runs import BATCH, SEVERAL, Ended, Kill, Launch, RunUnderTest
 from warm import Warm
 
+from sparsepilot.callbacks.checkpoint_io import is_whole, list_checkpoints
 from sparsepilot.rows import read_rows
 
 pytestmark = [
@@ -26,7 +27,7 @@ pytestmark = [
 
 
 class Lab:
-    """The warm server, and one unbroken run for each number of ranks."""
+    """The warm server, and one unbroken run for each trainer and number of ranks."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,6 +57,15 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     made = Lab(tmp_path_factory.mktemp("lab"))
     yield made
     made.warm.close()
+
+
+def assert_close(expected: list[dict[str, Any]], found: list[dict[str, Any]], steps: int) -> None:
+    """Rows of metrics up to so many steps: counts equal, measurements within 1e-5."""
+    assert len(expected) == len(found)
+    for a, b in zip(expected, found, strict=True):
+        for key, value in a.items() if a["step"] <= steps else ():
+            close = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+            assert b[key] == close, (key, a["step"])
 
 
 def assert_ends_equal(report: dict[str, Any]) -> None:
@@ -113,6 +123,64 @@ def test_four_ranks_add_up_in_one_order(lab: Lab, tmp_path: Path) -> None:
     assert_cell_ends_equal(lab.run(tmp_path / "run", 4), (kill,), tmp_path / "fault.log")
 
 
+def test_divided_parameters_end_as_unbroken_ones_whatever_happened(lab: Lab, tmp_path: Path) -> None:
+    """All ranks killed, one within its file, one when its file is written, rank 0 before it gives the folder its name;
+    one rank's disk is full (all end, one says so); one bit of one rank's file is another (the one before is taken)."""
+    for kill, resumes_at in (
+        (Kill("mid-step", "mid-step", 33, 0.0), 30),
+        (Kill("checkpoint", "checkpoint-write", 35, 0.6, rank=1), 30),
+        (Kill("checkpoint", "checkpoint-shard", 43, 0.0, rank=1), 40),
+        (Kill("checkpoint", "checkpoint-rename", 57, 0.0, rank=0), 50),
+    ):
+        run = lab.run(tmp_path / "run", 2, "fsdp_cpu")
+        assert run.kill(kill, tmp_path / "fault.log")["problems"] == []
+        assert run.resumes_at == resumes_at
+    before = list_checkpoints(run.folder / "checkpoints")
+    assert len(before) >= 2  # and the best one, where it is older
+    for _, path in before:
+        assert is_whole(path)
+        assert sorted(file.name for file in path.iterdir()) == ["index.ckpt", "rank-00000.ckpt", "rank-00001.ckpt"]
+
+    def on_a_full_disk(arguments: list[str], environment: Mapping[str, str]) -> Ended:
+        options = [*arguments, "trainer=fsdp_cpu", "trainer.devices=2"]
+        ended = lab.warm.ranks(2, options, environment, file_bytes={1: 20_000})
+        assert [e.code for e in ended] == [2, 2]
+        return Ended(2, "".join(e.out for e in ended))
+
+    ended = RunUnderTest(run.folder, lab.folder / "cache", 1, launcher=on_a_full_disk).start()
+    errors = [line for line in ended.out.splitlines() if "error" in line]
+    assert len(errors) == 1, ended.out
+    assert "rank-00001.ckpt: the disk is full; checkpoints written before are whole" in errors[0]
+    assert list_checkpoints(run.folder / "checkpoints") == before
+
+    file = before[0][1] / "rank-00001.ckpt"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert run.resumes_at == 40
+    assert_ends_equal(run.finish())
+
+
+def test_any_trainer_goes_on_from_any_checkpoint(lab: Lab, tmp_path: Path) -> None:
+    """One process, FSDP2 over four ranks and over two, DDP, one process: as one unbroken run."""
+    folder = tmp_path / "run"
+    legs = [(1, "cpu", 17), (4, "fsdp_cpu", 37), (2, "fsdp_cpu", 57), (2, "ddp_gloo", 77), (1, "cpu", 0)]
+    begins = 0
+    for world, trainer, dies_at in legs:
+        run = RunUnderTest(folder, lab.folder / "cache", 1, launcher=lab.launcher(world, trainer))
+        assert run.resumes_at == begins
+        if dies_at:
+            assert run.kill(Kill("mid-step", "mid-step", dies_at, 0.0), tmp_path / "fault.log")["problems"] == []
+            begins = dies_at // 10 * 10
+        else:
+            ended = run.start()
+            assert ended.code == 0, ended.out
+            changed = "ranks was 2, is 1"  # a file says nothing of how the parameters lay
+            assert f"same order of data but not the same bits: {changed}" in ended.out
+    expected = list(read_rows(lab.reference(2, "fsdp_cpu") / "metrics.jsonl"))
+    assert_close(expected, list(read_rows(folder / "metrics.jsonl")), steps=90)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_signal_to_one_rank_stops_all_of_them_at_one_step(lab: Lab, tmp_path: Path, victim: int) -> None:
     run = lab.run(tmp_path / "run", 2)
@@ -135,13 +203,8 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples(lab: Lab, tmp_pat
     assert f"at {40 * BATCH:,} samples" in ended.out
     assert ended.out.count("same order of data but not the same bits: ranks was 2") == 1
     assert (run.folder / "metrics.jsonl").read_bytes().startswith(before[: before.index(b'{"step": 41')])
-    expected = [row for row in read_rows(lab.reference(2) / "metrics.jsonl") if row["step"] <= 90]
-    found = [row for row in read_rows(run.folder / "metrics.jsonl") if row["step"] <= 90]
-    assert len(expected) == len(found)
-    for a, b in zip(expected, found, strict=True):
-        for key, value in a.items():
-            close = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
-            assert b[key] == close, (key, a["step"])
+    expected = list(read_rows(lab.reference(2) / "metrics.jsonl"))
+    assert_close(expected, list(read_rows(run.folder / "metrics.jsonl")), steps=90)
 
 
 def test_ranks_that_do_not_share_the_streams_are_refused_once(lab: Lab, tmp_path: Path) -> None:

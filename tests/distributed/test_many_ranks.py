@@ -33,6 +33,10 @@ CASES: dict[str, tuple[str, ...]] = {
     "matryoshka": ("model=matryoshka", "model.k=2.5"),
     "random prefixes": ("model=topk", "model.k=3", "model/prefixes=random"),
     "jumprelu": ("model=jumprelu", "controller=ramp", "controller.end=0.5"),
+    "jumprelu, steered": (
+        *("model=jumprelu", "model/revival=aux_k", "model.threshold=2"),  # so high that some latents never fire
+        *("controller=l0_target", "controller.target_l0=1"),
+    ),
     "jumprelu tanh": ("model=jumprelu", "model.recipe=tanh", "model/revival=pre_activation"),
     "gated": ("model=gated", "model/revival=aux_k"),
     "relu": ("model=relu", "controller=ramp"),
@@ -45,6 +49,15 @@ CASES: dict[str, tuple[str, ...]] = {
 
 FOUR = ("topk", "batchtopk", "jumprelu", "resampling", "accumulated")
 """Cases that four ranks train, too; for the others two must do."""
+DIVIDED = {
+    "topk": (2, 4),
+    "batchtopk": (2, 4),
+    "jumprelu, steered": (2, 4),
+    "resampling": (4,),
+    "accumulated": (2,),
+    "muon": (2,),
+}
+"""Cases that are trained with parameters divided among ranks, too, and among how many."""
 SENSITIVE = {"relu, p-annealed": 5, "muon": 5}
 """Cases that blow rounding up (u^p where u is nearly 0; orthogonalising in bfloat16), and for how many steps they
 agree. One rank with two micro-batches drifts from one rank with one just as fast."""
@@ -65,23 +78,30 @@ class Lab:
         self.folder = folder
         self.warm = Warm(folder)
         self.options = [*OPTIONS, f"data.path={folder}/cache"]
+        self._alone: dict[str, Run] = {}
 
-    def run(self, folder: Path, world: int, *options: str) -> Run:
+    def one(self, case: str) -> Run:
+        """One process's run, made when it is first asked for."""
+        if case not in self._alone:
+            self._alone[case] = self.run(self.folder / f"one-{len(self._alone)}", 1, *CASES[case])
+        return self._alone[case]
+
+    def run(self, folder: Path, world: int, *options: str, trainer: str = "ddp_gloo") -> Run:
         """Trains with so many ranks, all of which must end well."""
-        for rank, ended in enumerate(self.start(folder, world, *options)):
+        for rank, ended in enumerate(self.start(folder, world, *options, trainer=trainer)):
             assert ended.code == 0, f"rank {rank}: {ended.out}"
             assert rank == 0 or ended.out == "", ended.out  # one of them talks
         files = [folder.with_name(f"{folder.name}-{rank}.jsonl") for rank in range(world)]
         seen = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
         return Run(list(read_rows(folder / "metrics.jsonl")), seen)
 
-    def start(self, folder: Path, world: int, *options: str) -> list[Ended]:
+    def start(self, folder: Path, world: int, *options: str, trainer: str = "ddp_gloo") -> list[Ended]:
         """The same, however they end."""
         environment = {"WATCHED": str(folder.with_name(f"{folder.name}-{{rank}}.jsonl"))}
         arguments = [WATCHED, *self.options, f"run_dir={folder}", *options]
         if world == 1:
             return [self.warm(arguments, environment)]
-        ranks = ["trainer=ddp_gloo", f"trainer.devices={world}"]
+        ranks = [f"trainer={trainer}", f"trainer.devices={world}"]
         return self.warm.ranks(world, arguments + ranks, environment)
 
 
@@ -145,16 +165,25 @@ def test_trainees_of_many_ranks_are_their_runs_alone(lab: Lab, tmp_path: Path) -
 
 @pytest.mark.parametrize("case", CASES)
 def test_many_ranks_train_as_one(lab: Lab, tmp_path: Path, case: str) -> None:
-    one = lab.run(tmp_path / "one", 1, *CASES[case])
+    one = lab.one(case)
     assert one.ranks[0][-1]["step"] == STEPS
     for world in (2, 4) if case in FOUR else (2,):
-        many = lab.run(tmp_path / f"ranks{world}", world, *CASES[case])
-        assert_same_training(one, many, SENSITIVE.get(case, STEPS))
-        for steps in zip(one.ranks[0], *many.ranks, strict=True):
-            alone, *ranks = steps
-            if "accumulate=2" not in CASES[case]:
-                assert [row for rank in ranks for row in rank["rows"]] == alone["rows"]
-            assert sorted(row for rank in ranks for row in rank["rows"]) == sorted(alone["rows"])
-            assert all(rank["digests"] == ranks[0]["digests"] for rank in ranks)
-            assert all(rank["strength"] == alone["strength"] for rank in ranks)
-            assert all(rank["without_gradient"] == [] for rank in ranks)
+        assert_trained_as_one(case, one, lab.run(tmp_path / f"ranks{world}", world, *CASES[case]))
+
+
+@pytest.mark.parametrize(("case", "world"), [(case, world) for case, worlds in DIVIDED.items() for world in worlds])
+def test_ranks_that_divide_the_parameters_train_as_one(lab: Lab, tmp_path: Path, case: str, world: int) -> None:
+    many = lab.run(tmp_path / "many", world, *CASES[case], trainer="fsdp_cpu")
+    assert_trained_as_one(case, lab.one(case), many)
+
+
+def assert_trained_as_one(case: str, one: Run, many: Run) -> None:
+    """The same rows, losses, counts and controls, and ranks that hold the same bits."""
+    assert_same_training(one, many, SENSITIVE.get(case, STEPS))
+    for alone, *ranks in zip(one.ranks[0], *many.ranks, strict=True):
+        if "accumulate=2" not in CASES[case]:
+            assert [row for rank in ranks for row in rank["rows"]] == alone["rows"]
+        assert sorted(row for rank in ranks for row in rank["rows"]) == sorted(alone["rows"])
+        assert all(rank["digests"] == ranks[0]["digests"] for rank in ranks)
+        assert all(rank["strength"] == alone["strength"] for rank in ranks)
+        assert all(rank["without_gradient"] == [] for rank in ranks)

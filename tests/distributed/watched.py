@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from sparsepilot.training.module import TrainingModule
 
@@ -23,7 +24,9 @@ original = TrainingModule.optimizer_step
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """Of the tensor's bits."""
+    """Of the tensor's bits, over all ranks where it is spread."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
     return hashlib.sha256(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 

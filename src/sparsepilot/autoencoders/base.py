@@ -19,6 +19,7 @@ from sparsepilot.autoencoders.step import Dense, Knob, Moment, Response, Selecti
 from sparsepilot.errors import ConfigError
 from sparsepilot.ops.product import EncoderProduct, Workspace, has_fast_half, tile_bytes
 from sparsepilot.ops.sparse import at_pairs, decode_at, decode_plain, encode_at, encode_plain
+from sparsepilot.parallel.shards import own, rows_of
 
 DENSE_ABOVE = 1 / 24
 """Share of active (row, latent) pairs above which a step is cheaper dense: measured on two cores, see docs/log.md."""
@@ -71,6 +72,8 @@ class Autoencoder(nn.Module, ABC):
     """Whether L0 goes on moving, at a pace, while the penalty is off its balance: thresholds under Adam do."""
     slew_nats_per_lr: float | None = None
     """How far ln L0 can fall in one step, per unit of learning rate, however strong the penalty; None: not known."""
+    latent_buffers: tuple[str, ...] = ()
+    """Names of the buffers [d_sae, ...] that are spread over ranks where parameters are."""
     mean_in: Tensor
     _decoder_mask: Tensor | None
 
@@ -368,12 +371,12 @@ class Autoencoder(nn.Module, ABC):
 
     def threshold_coherence(self) -> Tensor:
         """Scalar: share of the thresholds' last motion that went one way; 0 where they do not move."""
-        return self.b_enc.new_zeros(())
+        return torch.zeros((), device=self.b_enc.device)
 
     @torch.no_grad()
     def shift_thresholds_(self, by: float) -> None:
         """Makes every latent fire from `by` higher pre-activations on; for disturbing a run."""
-        self.b_enc.sub_(by)
+        own(self.b_enc).sub_(by)
 
     def encode_subset(self, x_BD: Tensor, ids_A: Tensor) -> Tensor:
         """[B, A] pre-activations of some latents (ids ascending), differentiable."""
@@ -429,19 +432,21 @@ class Autoencoder(nn.Module, ABC):
         grad_FD = self.W_dec.grad
         if grad_FD is None:
             return
+        grad_FD, W_dec_FD = own(grad_FD), own(self.W_dec)
         if self._decoder_mask is not None:
-            grad_FD.mul_(self._decoder_mask)
+            grad_FD.mul_(rows_of(self._decoder_mask, self.W_dec))
         if self.unit_decoder:
-            along_F1 = torch.linalg.vecdot(grad_FD, self.W_dec, dim=1)[:, None]
-            grad_FD.addcmul_(along_F1, self.W_dec, value=-1.0)
+            along_F1 = torch.linalg.vecdot(grad_FD, W_dec_FD, dim=1)[:, None]
+            grad_FD.addcmul_(along_F1, W_dec_FD, value=-1.0)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Restores unit decoder rows after an optimizer step, and a cross-layer decoder's zeros, which Muon moves."""
+        W_dec_FD = own(self.W_dec)
         if self._decoder_mask is not None:
-            self.W_dec.mul_(self._decoder_mask)
+            W_dec_FD.mul_(rows_of(self._decoder_mask, self.W_dec))
         if self.unit_decoder:
-            self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(1e-12))
+            W_dec_FD.div_(torch.linalg.vector_norm(W_dec_FD, dim=1, keepdim=True).clamp_min(1e-12))
 
     @torch.no_grad()
     def close_step(self, terms: dict[str, Tensor], now: Moment) -> None:

@@ -14,6 +14,7 @@ from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.autoencoders.penalised import Penalised
 from sparsepilot.autoencoders.step import Moment, Response
 from sparsepilot.ops.jump import jump, step
+from sparsepilot.parallel.shards import own, sum_over_parts
 
 SLEW_NATS_PER_THRESHOLD_LR = 2.6
 """ln L0 that is lost per unit by which all log thresholds rise, at its fastest: measured (docs/log.md, 2026-11-22)."""
@@ -42,6 +43,7 @@ class JumpReLU(Penalised):
     """
 
     architecture = "jumprelu"
+    latent_buffers = ("last_log_threshold",)
     last_log_threshold: Tensor
     """[F] before the last optimizer step"""
     coherence: Tensor
@@ -77,18 +79,20 @@ class JumpReLU(Penalised):
         return self.log_threshold.exp()
 
     def close_step(self, terms: dict[str, Tensor], now: Moment) -> None:
-        moved_F = self.log_threshold - self.last_log_threshold
+        moved_F = own(self.log_threshold) - own(self.last_log_threshold)
         # Adam moves every threshold by about its learning rate: when the penalty rules, all of them the same way
-        self.coherence.copy_(moved_F.sum().abs() / moved_F.abs().sum().clamp_min(1e-30))
-        self.last_log_threshold.copy_(self.log_threshold)
+        one_way, both_ways = sum_over_parts(torch.stack([moved_F.sum(), moved_F.abs().sum()]), self.log_threshold)
+        self.coherence.copy_(one_way.abs() / both_ways.clamp_min(1e-30))
+        own(self.last_log_threshold).copy_(own(self.log_threshold))
 
     def threshold_coherence(self) -> Tensor:
         return self.coherence
 
     @torch.no_grad()
     def shift_thresholds_(self, by: float) -> None:
-        self.log_threshold.copy_((self.thresholds() + by).clamp_min(1e-6).log())
-        self.last_log_threshold.copy_(self.log_threshold)
+        log_threshold_F = own(self.log_threshold)
+        log_threshold_F.copy_((log_threshold_F.exp() + by).clamp_min(1e-6).log())
+        own(self.last_log_threshold).copy_(log_threshold_F)
 
     def bounds(self, now: Moment) -> Tensor:
         """The lower edge of the kernel; the threshold itself where no gradient is wanted."""

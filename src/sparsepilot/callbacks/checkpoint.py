@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from sparsepilot.callbacks.checkpoint_io import checkpoint_name, list_checkpoints, point_last_at
 from sparsepilot.callbacks.run_log import RunLog
+from sparsepilot.callbacks.sharded_io import remove
 from sparsepilot.callbacks.steps import ended_optimizer_step
 from sparsepilot.parallel.agreement import any_rank
 from sparsepilot.training.module import TrainingModule
@@ -60,10 +61,12 @@ class CrashSafeCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*.tmp"):
-                leftover.unlink()
+                remove(leftover)
             for samples, path in list_checkpoints(self.folder):
                 if samples > pl_module.samples:  # found damaged on resume: neither kept as a newest one nor in the way
-                    path.rename(path.with_name(path.name + ".damaged"))
+                    damaged = path.with_name(path.name + ".damaged")
+                    remove(damaged)
+                    path.rename(damaged)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -105,4 +108,4 @@ class CrashSafeCheckpoint(Checkpoint):
         keep = {samples for samples, _ in files[: self.keep_last]} | set(self._best())
         for samples, path in files:
             if samples not in keep:
-                path.unlink()
+                remove(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from sparsepilot.config.trainees import each_alone, naming
 from sparsepilot.errors import ConfigError
 from sparsepilot.lm import load as lm_load
 from sparsepilot.lm import text as lm_text
+from sparsepilot.parallel.sharded import Sharded
 from sparsepilot.ranks import num_devices, ranks_here
 from sparsepilot.reporting.wandb import resolve_mode
 from sparsepilot.wiring import STARTING, WIRING, check_sites, wire
@@ -230,12 +232,22 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
     check_target("trainer", {key: value for key, value in trainer.items() if key != "reproducible"})
     if not isinstance(trainer.get("reproducible", False), bool):
         raise ConfigError(f"trainer.reproducible = {trainer['reproducible']!r}: should be true or false")
+    if trainer.get("reproducible") and _is_sharded(trainer):
+        raise ConfigError(
+            "trainer.reproducible = True: needs whole gradients, which are divided among ranks here; use trainer=ddp"
+        )
     if str(trainer.get("precision", "32-true")) not in PRECISIONS:
         raise ConfigError(
             f"trainer.precision = {trainer['precision']!r}: should be one of {', '.join(PRECISIONS)}; parameters, "
             "their gradients and losses are fp32 in all of them"
         )
     _check_ranks(trainer)
+
+
+def _is_sharded(trainer: dict[str, Any]) -> bool:
+    """Whether its parameters are spread over ranks."""
+    strategy = trainer.get("strategy")
+    return isinstance(strategy, dict) and issubclass(pkgutil.resolve_name(strategy["_target_"]), Sharded)
 
 
 def _check_ranks(trainer: dict[str, Any]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
+
+from sparsepilot.parallel.shards import own, rows_of
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
@@ -82,6 +86,32 @@ class MuonWithAdam(Optimizer):
         for rule, optimizer in self._rules.items():
             # lent anew each time: loading a state dict replaces both
             optimizer.state = self.state
-            optimizer.param_groups = [group for group in self.param_groups if group["rule"] == rule]
-            optimizer.step()
+            optimizer.param_groups = groups = [group for group in self.param_groups if group["rule"] == rule]
+            if rule == "muon" and any(isinstance(p, DTensor) for group in groups for p in group["params"]):
+                self._step_whole(optimizer, groups)
+            else:
+                optimizer.step()
         return loss
+
+    def _step_whole(self, muon: Optimizer, groups: list[dict[str, Any]]) -> None:
+        """Matrices that are spread over ranks: every rank orthogonalises the whole of each, one after the other, and
+        keeps its rows. (On the parts torch would add up products of bfloat16 in bfloat16, to other digits.)"""
+        for group in groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                stand_in = torch.nn.Parameter(_whole(parameter.detach()))
+                stand_in.grad = _whole(parameter.grad)
+                muon.state = defaultdict(dict, {stand_in: {name: _whole(value) for name, value in state.items()}})
+                muon.param_groups = [{**group, "params": [stand_in]}]
+                muon.step()
+                own(parameter).copy_(rows_of(stand_in, parameter))
+                for name, value in muon.state[stand_in].items():
+                    if name not in state:
+                        state[name] = torch.zeros_like(parameter)
+                    own(state[name]).copy_(rows_of(value, parameter))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, cast
@@ -10,12 +11,15 @@ import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sparsepilot import faults
 from sparsepilot.errors import CheckpointError, NonFiniteError
 from sparsepilot.ops.readback import Readback
-from sparsepilot.parallel.agreement import from_all
+from sparsepilot.parallel.agreement import any_rank, from_all
+from sparsepilot.parallel.sharded import Sharded
+from sparsepilot.parallel.shards import own, scale_down_, total_norm, whole
 from sparsepilot.training.streams import loss_stream_by_stream
 from sparsepilot.training.trainee import Trainee
 from sparsepilot.training.validation import Row, Validation
@@ -106,10 +110,10 @@ class TrainingModule(L.LightningModule):
         for _, trainee in self.each():
             trainee.reduce()
             trainee.autoencoder.project_gradients()
-            parameters = list(trainee.autoencoder.parameters())
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            gradients = [p.grad for p in trainee.autoencoder.parameters() if p.grad is not None]
+            norm = total_norm(gradients)
             if self.clip_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+                scale_down_(gradients, norm, self.clip_norm)
             vitals += [norm.double(), trainee.sums_S.sum()]
         if self.device.type == "cpu":  # the numbers are here: stop before the step spoils the parameters
             self._health.begin(torch.stack(vitals))
@@ -147,6 +151,25 @@ class TrainingModule(L.LightningModule):
         if not self.reproducible:
             return self._micro_batches
         return [Batch(x, b.first_sample) for b in self._micro_batches for x in b.x_BD.chunk(b.num_streams)]
+
+    def configure_model(self) -> None:
+        """Before there is an optimizer: spreads the trainees over ranks, where the trainer is one that does."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, Sharded) and not self.is_spread():
+            for _, trainee in self.each():
+                strategy.shard(trainee)
+
+    def is_spread(self) -> bool:
+        """Whether parameters are spread over ranks."""
+        return any(isinstance(parameter, DTensor) for parameter in self.parameters())
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within it every rank can read all parameters, as a validation does: gathered once, where they are spread."""
+        with contextlib.ExitStack() as stack:
+            for _, trainee in self.each():
+                stack.enter_context(whole(trainee))
+            yield
 
     def configure_optimizers(self) -> Optimizer:
         """One optimizer; each trainee's parameters are groups of their own."""
@@ -226,7 +249,10 @@ class TrainingModule(L.LightningModule):
         for prefix, trainee in self.each():
             term = trainee.non_finite_term()
             if term is None:
-                bad = [n for n, p in trainee.autoencoder.named_parameters() if _has_non_finite(p.grad)]
+                names, parameters = zip(*trainee.autoencoder.named_parameters(), strict=True)
+                # a part of a gradient may lie on another rank
+                flags = any_rank([_has_non_finite(p.grad) for p in parameters])
+                bad = [name for name, flag in zip(names, flags, strict=True) if flag]
                 if not bad:
                     continue
                 term = "gradient of " + ", ".join(bad)
@@ -295,6 +321,7 @@ class TrainingModule(L.LightningModule):
             "device": self.trainer.strategy.root_device.type,
             "threads": torch.get_num_threads(),
             "ranks": self.trainer.world_size,
+            "parameters": "spread over ranks" if self.is_spread() else "whole",
             "accumulate": self.trainer.accumulate_grad_batches,
             "precision": str(self.trainer.precision),
             "reproducible": str(self.reproducible),
@@ -316,4 +343,4 @@ def _inner(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
 
 
 def _has_non_finite(gradient: Tensor | None) -> bool:
-    return gradient is not None and not bool(torch.isfinite(gradient).all())
+    return gradient is not None and not bool(torch.isfinite(own(gradient)).all())

@@ -9,12 +9,13 @@ from torch.optim import Optimizer
 from sparsepilot.autoencoders.base import Autoencoder
 from sparsepilot.ops.seeded import generator_at
 from sparsepilot.parallel.collectives import all_gather_concat, all_reduce_sum_, rank
+from sparsepilot.parallel.shards import mean_over_parts, own, rows_of
 from sparsepilot.parallel.surgery import set_rows_
 
 
 @torch.no_grad()
 def resample(
-    model: Autoencoder, dead_ids_A: Tensor, x_BD: Tensor, y_BD: Tensor, sq_error_B: Tensor,
+    model: Autoencoder, dead_ids_A: Tensor, xc_BD: Tensor, yc_BD: Tensor, sq_error_B: Tensor,
     encoder_scale: float, seed: int, samples: int, optimizer: Optimizer,
 ) -> int:  # fmt: skip
     """Points dead latents at rows of the present global batch that are badly reconstructed.
@@ -25,13 +26,13 @@ def resample(
     times the mean norm of the living encoder rows, its bias 0, its other parameters the mean of the living ones.
 
     Args:
-        x_BD, y_BD: [B, d_in], [B, d_out] this rank's rows of the batch, scaled.
+        xc_BD, yc_BD: [B, d_in], [B, d_out] this rank's rows of the batch, scaled, b_in and b_dec subtracted.
         sq_error_B: [B] ||y - y_hat||^2 of each.
 
     Returns:
         How many latents were resampled: no more than there are rows with a loss.
     """
-    living_F = torch.ones(model.d_sae, dtype=torch.bool, device=x_BD.device)
+    living_F = torch.ones(model.d_sae, dtype=torch.bool, device=xc_BD.device)
     living_F[dead_ids_A] = False
     weights_N = all_gather_concat(sq_error_B.double().square())
     num_drawn = min(dead_ids_A.numel(), int(torch.count_nonzero(weights_N)))
@@ -40,21 +41,26 @@ def resample(
     make = generator_at(seed, samples)
     # Gumbel's trick: the largest of log weight + noise are a draw without replacement, of any number of rows
     noise_N = -(-torch.rand(weights_N.shape, generator=make, dtype=torch.float64).log()).log()
-    drawn_A = torch.topk(weights_N.cpu().log() + noise_N, num_drawn).indices.to(x_BD.device)
+    drawn_A = torch.topk(weights_N.cpu().log() + noise_N, num_drawn).indices.to(xc_BD.device)
     ids_A = dead_ids_A[:num_drawn]
 
-    counts = all_gather_concat(torch.tensor([len(sq_error_B)], device=x_BD.device))
+    counts = all_gather_concat(torch.tensor([len(sq_error_B)], device=xc_BD.device))
     first = int(counts[: rank()].sum())
-    x_AD = _gather(x_BD - model.b_in, drawn_A, first)
-    y_AD = _gather(y_BD - model.b_dec, drawn_A, first)
+    x_AD = _gather(xc_BD, drawn_A, first)
+    y_AD = _gather(yc_BD, drawn_A, first)
 
-    encoder_norm = model.W_enc[living_F].norm(dim=1).mean() * encoder_scale
-    decoder_norm = 1.0 if model.unit_decoder else model.W_dec[living_F].norm(dim=1).mean()
+    def of_the_living(parameter: Tensor) -> Tensor:
+        return own(parameter)[rows_of(living_F, parameter)]
+
+    encoder_norm = mean_over_parts(of_the_living(model.W_enc).norm(dim=1), model.W_enc) * encoder_scale
+    decoder_norm: float | Tensor = 1.0
+    if not model.unit_decoder:
+        decoder_norm = mean_over_parts(of_the_living(model.W_dec).norm(dim=1), model.W_dec)
     set_rows_(model.W_enc, ids_A, encoder_norm * _unit(model.encoder_part(x_AD, ids_A)), optimizer)
     set_rows_(model.W_dec, ids_A, decoder_norm * _unit(model.decoder_part(y_AD, ids_A)), optimizer)
     for name, parameter in model.named_parameters():
         if parameter.shape == (model.d_sae,):
-            value = 0.0 if name == "b_enc" else float(parameter[living_F].mean())
+            value = 0.0 if name == "b_enc" else float(mean_over_parts(of_the_living(parameter), parameter))
             set_rows_(parameter, ids_A, value, optimizer)
     return num_drawn
 

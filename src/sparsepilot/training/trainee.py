@@ -18,6 +18,7 @@ from sparsepilot.controllers.base import Controller, Measured, Plant
 from sparsepilot.metrics.dead import DeadLatents, dead_window_samples
 from sparsepilot.ops.readback import Readback
 from sparsepilot.parallel.collectives import all_reduce_max_, all_reduce_sum_
+from sparsepilot.parallel.shards import whole
 from sparsepilot.training.resample import resample
 from sparsepilot.types import Batch
 
@@ -237,14 +238,17 @@ class Trainee(nn.Module):
         ids_A = self.dead.dead_mask().nonzero().squeeze(1)
         rows = [self.scaled(batch.x_BD) for batch in batches]
         strength = self.controller.strength
-        sq_errors = [
-            (y_BD - self.autoencoder.evaluate(x_BD, y_BD, strength).y_hat_BD).square().sum(dim=1) for x_BD, y_BD in rows
-        ]
+        with whole(self):
+            sq_errors = [
+                (y_BD - self.autoencoder.evaluate(x_BD, y_BD, strength).y_hat_BD).square().sum(dim=1)
+                for x_BD, y_BD in rows
+            ]
+            rows = [(x_BD - self.autoencoder.b_in, y_BD - self.autoencoder.b_dec) for x_BD, y_BD in rows]
         # stream by stream, as one big batch has them: what is drawn must not hang on how the batch was split
         order_B = _stream_by_stream(len(batches), batches[0].num_streams, len(batches[0].x_BD)).to(ids_A.device)
-        x_BD, y_BD = (torch.cat(side)[order_B] for side in zip(*rows, strict=True))
+        xc_BD, yc_BD = (torch.cat(side)[order_B] for side in zip(*rows, strict=True))
         resample(
-            self.autoencoder, ids_A, x_BD, y_BD, torch.cat(sq_errors)[order_B],
+            self.autoencoder, ids_A, xc_BD, yc_BD, torch.cat(sq_errors)[order_B],
             revival.encoder_scale, self.seed, samples, optimizer,
         )  # fmt: skip
 

@@ -95,6 +95,7 @@ def test_bad_values(compose_cfg, override: str, message: str) -> None:
         (("model=topk", "model.anneal_k_from=5000"), "model.anneal_k_from = 5000: should lie between model.k"),
         (("model=topk", "model.k=8", "model.anneal_k_from=2"), "model.anneal_k_from = 2: should lie between model.k"),
         (("callbacks.best_by=val/ce",), "callbacks.best_by = val/ce: is not measured; set cross_entropy=spliced"),
+        (("trainer=fsdp_cpu", "trainer.reproducible=true"), "trainer.reproducible = True: needs whole gradients"),
         (("optimizer=adamw", "optimizer.eps=-1"), "Invalid epsilon value: -1"),
         (("optimizer=adam", "optimizer.betas=[0.9,1.0]"), "Invalid beta parameter at index 1"),
         (("optimizer=muon", "optimizer.ns_steps=100"), "optimizer.ns_steps = 100: should be less than 100"),
