@@ -36,7 +36,7 @@ def check(cfg: DictConfig) -> None:
     check_sites(**wiring)
     check_fields("model", {k: v for k, v in plain["model"].items() if k in STARTING}, _starting_fields)
     built = {k: v for k, v in plain["model"].items() if k not in WIRING + STARTING}
-    check_target("model", built, given=("blocks",))
+    check_target("model", built, given=("blocks", "shard"))
     check_target("controller", plain["controller"])
     check_target("optimizer", plain["optimizer"], given=("params",))
     _try_optimizer(plain["optimizer"])
