@@ -28,7 +28,8 @@ INPUT = {
     "reduce_scatter": 1,
 }  # fmt: skip
 """Collectives of torch, and which of their arguments is what a rank gives."""
-NAMES = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
+NAMES = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter",
+         "all_to_all_single": "all_to_all"}  # fmt: skip
 messages: list[list[Any]] = []
 original = TrainingModule.optimizer_step
 

@@ -50,44 +50,51 @@ def choose_topk(own: TopK, k: int, num_latents: int, shard: Shard, inner: int | 
 
 
 def among_all(own: TopK, ks: Sequence[int], shard: Shard) -> list[Tensor]:
-    """For each k: [B, K] bool, which of a shard's candidates are among the k largest of their row over all shards."""
+    """For each k: [B, K] bool, which of a shard's candidates are among the k largest of their row over all shards.
+
+    Each shard compares the candidates of all for its share of the rows, and tells each how many of its own stay. So a
+    candidate travels once, however many shards there are.
+    """
     values_BK = own.values_BK.detach()
-    if shard.is_whole:
-        values_1BK, rank = values_BK[None], 0
-    else:
-        # as wide on every shard: one may have fewer candidates than the others
-        missing = min(max(ks), shard.num_latents) - values_BK.shape[1]
-        padded_BK = torch.nn.functional.pad(values_BK, (0, missing), value=-torch.inf)
-        values_1BK, rank = shard.gather(padded_BK), shard.ranks.rank
-    return [kept(values_1BK, rank, k)[:, : values_BK.shape[1]] for k in ks]
+    num_rows, num_own = values_BK.shape
+    if shard.is_whole and min(ks) >= num_own:
+        return [torch.ones_like(values_BK, dtype=torch.bool)] * len(ks)
+    share = -(-num_rows // shard.ranks.size)
+    # as wide on every shard: one may have fewer candidates than the others; and shares of the rows that are equal
+    width = num_own if shard.is_whole else min(max(ks), shard.num_latents)
+    missing = (0, width - num_own, 0, share * shard.ranks.size - num_rows)
+    padded = torch.nn.functional.pad(values_BK, missing, value=-torch.inf)
+    values_SRK = shard.exchange(padded.reshape(-1, share, width))
+    counts_kSR = torch.stack([num_kept(values_SRK, k) for k in ks])
+    counts_kB = shard.exchange(counts_kSR.transpose(0, 1)).transpose(0, 1).reshape(len(ks), -1)[:, :num_rows]
+    order_BK = torch.sort(values_BK, dim=1, descending=True, stable=True).indices
+    places_K = torch.arange(num_own, device=values_BK.device, dtype=counts_kB.dtype)
+    place_BK = torch.empty_like(order_BK, dtype=counts_kB.dtype).scatter_(1, order_BK, places_K.expand_as(order_BK))
+    return [place_BK < counts_B[:, None] for counts_B in counts_kB]
 
 
-def kept(values_SBK: Tensor, shard: int, k: int) -> Tensor:
-    """[B, K] bool: which candidates of one shard are among the k largest of the row over all shards.
+def num_kept(values_SRK: Tensor, k: int) -> Tensor:
+    """[S, R] int32: how many of each shard's candidates are among the k largest of a row over all shards; its largest.
 
     Of equal ones at the k-th place those of the lower shard, so that the shards' choices fit together. A NaN is always
-    kept, and makes itself known in the loss.
+    among them, and makes itself known in the loss.
 
     Args:
-        values_SBK: [S, B, K] candidates of all shards, -inf where one has fewer; at least k of each row are none.
-        shard: whose.
+        values_SRK: [S, R, K] candidates of all shards, -inf where one has fewer.
         k: how many.
 
-    >>> values = torch.tensor([[[3.0, 1.0]], [[1.0, 2.0]]])
-    >>> kept(values, 0, 3), kept(values, 1, 3)
-    (tensor([[True, True]]), tensor([[False,  True]]))
+    >>> num_kept(torch.tensor([[[3.0, 1.0]], [[1.0, 2.0]]]), k=3).tolist()
+    [[2], [1]]
     """
-    num_shards, num_rows, width = values_SBK.shape
-    own_BK = values_SBK[shard]
+    num_shards, num_rows, width = values_SRK.shape
     if k >= num_shards * width:
-        return torch.ones_like(own_BK, dtype=torch.bool)
-    by_row_BC = values_SBK.transpose(0, 1).reshape(num_rows, num_shards * width)
-    kth_B1 = torch.topk(by_row_BC, k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-    room_B1 = k - (by_row_BC > kth_B1).sum(dim=1, keepdim=True)
-    equal_SBK = values_SBK == kth_B1
-    before_B1 = equal_SBK[:shard].sum(dim=(0, 2))[:, None]
-    place_BK = before_B1 + equal_SBK[shard].cumsum(dim=1)
-    return (own_BK > kth_B1) | (equal_SBK[shard] & (place_BK <= room_B1)) | own_BK.isnan()
+        return torch.full((num_shards, num_rows), width, dtype=torch.int32, device=values_SRK.device)
+    by_row_RC = values_SRK.transpose(0, 1).reshape(num_rows, num_shards * width)
+    kth_R1 = torch.topk(by_row_RC, k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    larger_SR = (values_SRK > kth_R1).sum(dim=2) + values_SRK.isnan().sum(dim=2)
+    equal_SR = (values_SRK == kth_R1).sum(dim=2)
+    room_SR = k - larger_SR.sum(dim=0) - (equal_SR.cumsum(dim=0) - equal_SR)
+    return (larger_SR + equal_SR.minimum(room_SR.clamp_min(0))).int()
 
 
 def _descending(top: TopK) -> TopK:

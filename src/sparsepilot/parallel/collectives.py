@@ -65,6 +65,15 @@ def all_gather(values: Tensor, group: Group | None = None) -> list[Tensor]:
     return parts
 
 
+def all_to_all(values: Tensor, group: Group) -> Tensor:
+    """[ranks, ...] what each rank has for this one, of [ranks, ...] what this one has for each."""
+    if group.size == 1:
+        return values
+    received = torch.empty_like(values, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, values.contiguous(), group=group.handle)
+    return received
+
+
 def all_gather_concat(values_N: Tensor, group: Group | None = None) -> Tensor:
     """The ranks' 1-D tensors one after the other, in rank order; they may differ in length."""
     group = group or mesh.data()

@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard as Rows
 
 from sparsepilot.errors import ConfigError
 from sparsepilot.parallel import mesh
-from sparsepilot.parallel.collectives import SumBackward, SumForward, all_gather, all_reduce_sum_
+from sparsepilot.parallel.collectives import SumBackward, SumForward, all_gather, all_reduce_sum_, all_to_all
 from sparsepilot.parallel.mesh import ONE, Group
 
 
@@ -82,6 +82,10 @@ class Shard:
         total, count = self.sum_(torch.stack([part_A.sum(), part_A.new_tensor(float(part_A.numel()))]))
         mean: Tensor = total / count
         return mean
+
+    def exchange(self, values: Tensor) -> Tensor:
+        """[S, ...]: what each shard has for this one, of what each shard has for each, [S, ...]."""
+        return values if self.is_whole else all_to_all(values, self.ranks)
 
     def gather(self, values: Tensor) -> Tensor:
         """[S, ...]: the shards' tensors, all of one shape."""

@@ -5,7 +5,7 @@ P numbers of parameters, of which each latent has `per_latent`; B rows of the gl
     data_parallel     the gradient is added up                                   2 (n-1)/n P
     fully_sharded     the dictionary is gathered, its gradient dealt out again    2 (n-1)/n P
     feature_parallel  n = lines x shards; a line has B / lines rows, a column d_sae / shards latents
-                      in a line: candidates, reconstructions                     B / lines (2 (s-1)/s D + (s-1) K)
+                      in a line: candidates, reconstructions                     (s-1)/s B / lines (2 D + K)
                       in a column: the gradient of its latents                    2 (l-1)/l P / shards
 
 The first two grow with d_sae whatever the batch. In the third only the columns' part does, and it is divided by the
@@ -19,8 +19,8 @@ from typing import Literal, NamedTuple
 
 from sparsepilot.parallel.collectives import SMALL
 
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
-FP32, BF16, FP64, INT64 = 4, 2, 8, 8
+Kind = Literal["all_reduce", "all_gather", "all_to_all", "reduce_scatter"]
+FP32, BF16, FP64, INT64, INT32 = 4, 2, 8, 8, 4
 
 
 class Message(NamedTuple):
@@ -41,6 +41,7 @@ class Message(NamedTuple):
         per_time = {
             "all_reduce": 2 * (n - 1) / n * self.num_bytes,
             "all_gather": (n - 1) * self.num_bytes,
+            "all_to_all": (n - 1) / n * self.num_bytes,
             "reduce_scatter": (n - 1) / n * self.num_bytes,
         }
         return self.times * per_time[self.kind]
@@ -58,6 +59,8 @@ class Work(NamedTuple):
     """candidates per row that shards compare: k, or 4k with multi_topk; 0 where latents are active above a threshold"""
     aux_k: int = 0
     """the same for AuxK: min(aux_k, dead latents), or 0 where no latent is dead"""
+    selections: int = 1
+    """how many k are compared: 2 with multi_topk"""
     reconstructions: int = 1
     """per row: of the whole dictionary, of each prefix before it, of multi_topk or the gate"""
     per_latent: int | None = None
@@ -109,14 +112,14 @@ def feature_parallel(work: Work, lines: int, shards: int, gradient_bytes: int = 
     rows, times = work.rows // lines, work.accumulate
     own_latents = work.d_sae // shards
     messages = [
-        *_gathered("candidates", rows * min(work.k, own_latents), shards, times),
+        *_compared("candidates", rows, min(work.k, own_latents), work.selections, shards, times),
         *_summed("reconstructions", rows * work.d_out, shards, times * work.reconstructions),
         *_summed("gradient of b_in", work.d_in, shards, times),
         *_summed("number of dead latents", 1, shards, times, INT64),
     ]
     if work.aux_k:
         messages += [
-            *_gathered("candidates of AuxK", rows * min(work.aux_k, own_latents), shards, times),
+            *_compared("candidates of AuxK", rows, min(work.aux_k, own_latents), 1, shards, times),
             *_summed("reconstructions of AuxK", rows * work.d_out, shards, times),
             *_summed("gradient of b_in from AuxK", work.d_in, shards, times),
         ]
@@ -151,5 +154,12 @@ def _summed(what: str, numbers: int, ranks: int, times: int, num_bytes: int = FP
     return [Message(what, kind, num_bytes * numbers, ranks, times)]
 
 
-def _gathered(what: str, numbers: int, ranks: int, times: int) -> list[Message]:
-    return [Message(what, "all_gather", FP32 * numbers, ranks, times)] if ranks > 1 and numbers > 0 else []
+def _compared(what: str, rows: int, candidates: int, selections: int, ranks: int, times: int) -> list[Message]:
+    """As `ops.among_shards.among_all` does it: candidates to who compares them, and back how many stay."""
+    if ranks == 1 or candidates == 0:
+        return []
+    padded = -(-rows // ranks) * ranks
+    return [
+        Message(what, "all_to_all", FP32 * padded * candidates, ranks, times),
+        Message(f"{what}: how many stay", "all_to_all", INT32 * padded * selections, ranks, times),
+    ]

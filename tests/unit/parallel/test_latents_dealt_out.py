@@ -19,7 +19,7 @@ from sparsepilot.autoencoders.step import Step
 from sparsepilot.autoencoders.topk import TopK
 from sparsepilot.errors import ConfigError
 from sparsepilot.ops import product
-from sparsepilot.ops.among_shards import kept
+from sparsepilot.ops.among_shards import num_kept
 from sparsepilot.parallel.latents import Shard
 from sparsepilot.parallel.mesh import Group
 from sparsepilot.training.resample import resample
@@ -43,7 +43,11 @@ def test_shards_together_choose_what_one_chooses(
     expected_BF = torch.zeros_like(whole_BF, dtype=torch.bool).scatter(1, first_BK, True)
     parts = whole_BF.split(widths, dim=1)
     padded = [torch.nn.functional.pad(part, (0, widest - part.shape[1]), value=-torch.inf) for part in parts]
-    found = [kept(torch.stack(padded), rank, k)[:, :width] for rank, width in enumerate(widths)]
+    counts_SB = num_kept(torch.stack(padded), k)
+    found = []
+    for part, counts_B in zip(parts, counts_SB, strict=True):
+        place_BK = part.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
+        found.append(place_BK < counts_B[:, None])
     assert torch.equal(torch.cat(found, dim=1), expected_BF)
 
 
