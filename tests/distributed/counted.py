@@ -23,13 +23,12 @@ from sparsepilot.parallel import agreement
 from sparsepilot.training.module import TrainingModule
 
 INPUT = {
-    "all_reduce": 0, "all_gather": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "broadcast": 0,
-    "gather": 0, "all_to_all": 1, "all_to_all_single": 1, "reduce": 0, "scatter": 0, "send": 0,
-    "reduce_scatter": 1,
+    "all_reduce": 0, "reduce": 0, "broadcast": 0, "gather": 0, "scatter": 0, "send": 0, "all_gather": 1,
+    "all_gather_into_tensor": 1, "all_gather_single": 1, "reduce_scatter": 1, "reduce_scatter_tensor": 1,
+    "reduce_scatter_single": 1, "all_to_all": 1, "all_to_all_single": 1,
 }  # fmt: skip
-"""Collectives of torch, and which of their arguments is what a rank gives."""
-NAMES = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter",
-         "all_to_all_single": "all_to_all"}  # fmt: skip
+"""Collectives of torch, of any version, and which of their arguments is what a rank gives."""
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 messages: list[list[Any]] = []
 original = TrainingModule.optimizer_step
 
@@ -40,10 +39,12 @@ def counting(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         group = kwargs.get("group")
         if group is None or group is not agreement._control:
-            given = args[INPUT[name]] if len(args) > INPUT[name] else kwargs.get("tensor", kwargs.get("input"))
+            named = [kwargs[key] for key in ("tensor", "input_tensor", "input") if key in kwargs]
+            given = args[INPUT[name]] if len(args) > INPUT[name] else named[0]
             tensors = [given] if isinstance(given, torch.Tensor) else given
             num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            messages.append([NAMES.get(name, name), num_bytes, dist.get_world_size(group)])
+            kind = next((kind for kind in KINDS if name.startswith(kind)), name)
+            messages.append([kind, num_bytes, dist.get_world_size(group)])
         return collective(*args, **kwargs)
 
     return call
@@ -63,7 +64,8 @@ def counted_step(
 
 if __name__ == "__main__":
     for name in INPUT:
-        setattr(dist, name, counting(name, getattr(dist, name)))
+        if hasattr(dist, name):
+            setattr(dist, name, counting(name, getattr(dist, name)))
     TrainingModule.optimizer_step = counted_step  # type: ignore[method-assign]
     script = Path(__file__).resolve().parents[2] / "train.py"
     sys.argv[0] = str(script)

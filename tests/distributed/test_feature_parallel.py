@@ -15,13 +15,18 @@ from warm import Ended
 
 pytestmark = pytest.mark.slow  # dozens of processes
 
-L0_TARGET = ("controller=l0_target", "controller.target_l0=6")
 CASES: dict[str, tuple[str, ...]] = {
     "topk": ("model=topk", "model.k=2", "model.multi_topk=0.125"),
     "batchtopk": ("model=batchtopk", "model.k=1"),
-    "jumprelu": ("model=jumprelu", "model/revival=aux_k", *L0_TARGET),
+    "jumprelu": (
+        *("model=jumprelu", "model.threshold=2.0", "model/revival=aux_k"),
+        *("controller=l0_target", "controller.target_l0=0.2"),
+    ),
     "matryoshka": ("model=matryoshka", "model.k=2.5", "accumulate=2", "model.dense_above=0", f"samples={20 * BATCH}"),
-    "relu": ("model=relu", "model/revival=resample", "model.revival.every_samples=2560", f"samples={20 * BATCH}"),
+    "relu": (
+        *("model=relu", "model.coefficient=60", f"samples={30 * BATCH}", "model/revival=resample"),
+        *("model.revival.every_samples=1280", "model.revival.until=1"),
+    ),
 }
 """What else there is (tests/unit/parallel) needs no processes."""
 GRIDS = {"2": (2, 2), "4": (4, 4), "2x2": (4, 2)}
@@ -73,7 +78,7 @@ def assert_one_dictionary(run: Run, num_shards: int) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_that_share_latents_train_as_one(lab: Lines, tmp_path: Path, case: str) -> None:
     one = lab.run(tmp_path / "one", 1, *CASES[case])
-    assert one.ranks[0][-1]["step"] == (20 if case in ("matryoshka", "relu") else STEPS)
+    assert one.ranks[0][-1]["step"] == {"matryoshka": 20, "relu": 30}.get(case, STEPS)
     assert any(row.get("train/dead_latents", 0) > 0 for row in one.rows) or case == "matryoshka"
     for name in ("2x2",) if case in ("matryoshka", "relu") else GRIDS:
         world, num_shards = GRIDS[name]
