@@ -52,15 +52,15 @@ def counted(
     steps = []
     for ranks in zip(*lines, strict=True):
         step, *others = map(json.loads, ranks)
-        found = Counter[tuple[str, int]]()
+        found = Bytes()
         for kind, num_bytes, num_ranks in step["messages"]:
             found[kind, num_ranks] += num_bytes
         steps.append((step["dead"] + others[0]["dead"], found))
     return steps
 
 
-def by_kind(messages: list[Message]) -> Counter[tuple[str, int]]:
-    found = Counter[tuple[str, int]]()
+def by_kind(messages: list[Message]) -> Bytes:
+    found = Bytes()
     for message in messages:
         found[message.kind, message.ranks] += message.times * message.num_bytes
     return found
