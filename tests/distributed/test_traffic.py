@@ -38,9 +38,10 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Warm, Path]
     made.close()
 
 
-def counted(
-    warm: tuple[Warm, Path], name: str, world: int, *options: str
-) -> list[tuple[int, Counter[tuple[str, int]]]]:
+Bytes = Counter[tuple[str, int]]
+
+
+def counted(warm: tuple[Warm, Path], name: str, world: int, *options: str) -> list[tuple[int, Bytes]]:
     """Of each step: dead latents before it, and bytes that rank 0 gave, by (collective, ranks)."""
     server, folder = warm
     script = "tests/distributed/counted.py"
