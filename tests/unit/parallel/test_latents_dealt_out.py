@@ -51,6 +51,12 @@ def test_shards_together_choose_what_one_chooses(
     assert torch.equal(torch.cat(found, dim=1), expected_BF)
 
 
+def test_a_nan_stays_so_that_the_loss_shows_it() -> None:
+    values_SRK = torch.tensor([[[1.0, torch.nan]], [[3.0, 2.0]]])
+    assert num_kept(values_SRK, 1).tolist() == [[1], [0]]
+    assert num_kept(values_SRK, 3).tolist() == [[1], [0]]
+
+
 def dealt_out(architecture: str, blocks: str, line: Line, **common) -> tuple[Autoencoder, list[Autoencoder]]:
     """A model in the middle of a run, and the same one as shards."""
     whole = make(architecture, blocks, **common)
