@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from test_many_ranks import BATCH, STEPS, Lab, Run
-from warm import Ended
 
 pytestmark = pytest.mark.slow  # dozens of processes
 
@@ -33,21 +32,9 @@ GRIDS = {"2": (2, 2), "4": (4, 4), "2x2": (4, 2)}
 """ranks, and how many of them share the latents"""
 
 
-class Lines(Lab):
-    """Ranks of the feature-parallel trainer."""
-
-    def start(self, folder: Path, world: int, *options: str) -> list[Ended]:
-        environment = {"WATCHED": str(folder.with_name(f"{folder.name}-{{rank}}.jsonl"))}
-        arguments = ["tests/distributed/watched.py", *self.options, f"run_dir={folder}"]
-        if world == 1:
-            return [self.warm([*arguments, *options], environment)]
-        arguments += ["trainer=feature_parallel_cpu", f"trainer.devices={world}", *options]
-        return self.warm.ranks(world, arguments, environment)
-
-
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lines]:
-    made = Lines(tmp_path_factory.mktemp("lab"))
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    made = Lab(tmp_path_factory.mktemp("lab"))
     yield made
     made.warm.close()
 
@@ -76,13 +63,14 @@ def assert_one_dictionary(run: Run, num_shards: int) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_that_share_latents_train_as_one(lab: Lines, tmp_path: Path, case: str) -> None:
+def test_ranks_that_share_latents_train_as_one(lab: Lab, tmp_path: Path, case: str) -> None:
     one = lab.run(tmp_path / "one", 1, *CASES[case])
     assert one.ranks[0][-1]["step"] == {"matryoshka": 20, "relu": 30}.get(case, STEPS)
     assert any(row.get("train/dead_latents", 0) > 0 for row in one.rows) or case == "matryoshka"
     for name in ("2x2",) if case in ("matryoshka", "relu") else GRIDS:
         world, num_shards = GRIDS[name]
-        many = lab.run(tmp_path / name, world, *CASES[case], f"trainer.strategy.features={num_shards}")
+        features = f"trainer.strategy.features={num_shards}"
+        many = lab.run(tmp_path / name, world, *CASES[case], features, trainer="feature_parallel_cpu")
         assert_same_training(one, many)
         assert_one_dictionary(many, num_shards)
         for alone, *ranks in zip(one.ranks[0], *many.ranks, strict=True):
