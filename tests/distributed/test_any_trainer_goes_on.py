@@ -20,10 +20,9 @@ LEGS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (4, (SHARED, "trainer.strategy.features=2")),
     (1, ()),
     (4, (SHARED,)),
-    (2, ("trainer=ddp_gloo",)),
-    (4, (SHARED, "trainer.strategy.features=2")),
     (2, ("trainer=fsdp_cpu",)),
     (2, (SHARED,)),
+    (2, ("trainer=ddp_gloo",)),
 )
 """ranks and their trainer; each takes eight steps"""
 STEPS = 8

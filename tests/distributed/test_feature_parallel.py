@@ -21,10 +21,9 @@ CASES: dict[str, tuple[str, ...]] = {
         *("model=jumprelu", "model.threshold=2.0", "model/revival=aux_k"),
         *("controller=l0_target", "controller.target_l0=0.2"),
     ),
-    "matryoshka": ("model=matryoshka", "model.k=2.5", "accumulate=2", "model.dense_above=0", f"samples={20 * BATCH}"),
     "relu": (
         *("model=relu", "model.coefficient=60", f"samples={30 * BATCH}", "model/revival=resample"),
-        *("model.revival.every_samples=1280", "model.revival.until=1"),
+        *("model.revival.every_samples=1280", "model.revival.until=1", "accumulate=2"),
     ),
 }
 """What else there is (tests/unit/parallel) needs no processes."""
@@ -65,9 +64,9 @@ def assert_one_dictionary(run: Run, num_shards: int) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_that_share_latents_train_as_one(lab: Lab, tmp_path: Path, case: str) -> None:
     one = lab.run(tmp_path / "one", 1, *CASES[case])
-    assert one.ranks[0][-1]["step"] == {"matryoshka": 20, "relu": 30}.get(case, STEPS)
-    assert any(row.get("train/dead_latents", 0) > 0 for row in one.rows) or case == "matryoshka"
-    for name in ("2x2",) if case in ("matryoshka", "relu") else GRIDS:
+    assert one.ranks[0][-1]["step"] == (30 if case == "relu" else STEPS)
+    assert any(row.get("train/dead_latents", 0) > 0 for row in one.rows)
+    for name in ("2x2",) if case == "relu" else GRIDS:
         world, num_shards = GRIDS[name]
         features = f"trainer.strategy.features={num_shards}"
         many = lab.run(tmp_path / name, world, *CASES[case], features, trainer="feature_parallel_cpu")
