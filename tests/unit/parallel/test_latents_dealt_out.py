@@ -159,7 +159,7 @@ def test_as_at_inference(monkeypatch, architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu-step", "gated"])
-def test_norms_coherence_and_export(monkeypatch, architecture: str) -> None:
+def test_norms_and_coherence(monkeypatch, architecture: str) -> None:
     line = Line(3, monkeypatch)
     whole, shards = dealt_out(architecture, "transcoder-skip", line)
     for parameter in whole.parameters():
@@ -199,6 +199,20 @@ def test_resampling(monkeypatch, architecture: str) -> None:
         assert_same(
             torch.cat([m.get_parameter(name) for m in shards]).detach(), whole.get_parameter(name).detach(), name
         )
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu-step", "gated"])
+def test_beginning_from_a_dictionary(monkeypatch, architecture: str) -> None:
+    whole, shards = dealt_out(architecture, "transcoder-skip", Line(3, monkeypatch))
+    other = make(architecture, "transcoder-skip", seed=9)
+    for model in (whole, *shards):
+        model.adopt(other.inference_tensors())
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, other.get_parameter(name)) or name == "log_threshold"
+        parts = [model.get_parameter(name) for model in shards]
+        assert torch.equal(torch.cat(parts) if name in whole.per_latent else parts[0], parameter)
+    for model in shards:
+        assert torch.equal(model.thresholds(), model.shard.own(whole.thresholds()))
 
 
 def test_traffic_does_not_grow_with_the_dictionary(monkeypatch) -> None:
