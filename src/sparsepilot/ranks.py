@@ -84,6 +84,21 @@ def num_devices(trainer: Mapping[str, Any]) -> int:
     return len(devices)
 
 
+def num_shards(trainer: Mapping[str, Any]) -> int:
+    """Ranks among which a trainer's configuration deals out the latents.
+
+    >>> num_shards({"devices": 4}), num_shards({"devices": 4, "strategy": {"features": 2}})
+    (1, 2)
+    >>> num_shards({"devices": 4, "num_nodes": 2, "strategy": {"features": None}})
+    8
+    """
+    strategy = trainer.get("strategy")
+    if not isinstance(strategy, Mapping) or "features" not in strategy:
+        return 1
+    features = strategy["features"]
+    return num_devices(trainer) * int(trainer.get("num_nodes", 1)) if features is None else int(features)
+
+
 def speaks_first(line: str) -> bool:
     """Before the ranks have met: all of them find the same mistake, rank 0 says it."""
     ranks = ranks_here()

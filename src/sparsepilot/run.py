@@ -46,12 +46,12 @@ from sparsepilot.data.files import one_at_a_time
 from sparsepilot.errors import ConfigError, RankError
 from sparsepilot.interop import dictionary
 from sparsepilot.interop.fold import fold
-from sparsepilot.parallel import agreement
-from sparsepilot.parallel.collectives import rank
+from sparsepilot.parallel import agreement, mesh
 from sparsepilot.parallel.ddp import DataParallel
+from sparsepilot.parallel.latents import Shard
 from sparsepilot.parallel.shards import gather_to_first
 from sparsepilot.process_memory import keep_freed_memory
-from sparsepilot.ranks import ranks_here
+from sparsepilot.ranks import num_shards, ranks_here
 from sparsepilot.reporting.environment import environment
 from sparsepilot.reporting.report import report_or_say
 from sparsepilot.reporting.summary import print_end, print_sizes
@@ -78,7 +78,8 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
     check(cfg)
     prepare_process(cfg)
     agreement.join(cuda=uses_cuda(cfg))
-    console = console or Console(soft_wrap=True, quiet=rank() > 0)  # a path is never broken in two
+    mesh.arrange(num_shards(cfg.trainer), cuda=uses_cuda(cfg))
+    console = console or Console(soft_wrap=True, quiet=mesh.world().rank > 0)  # a path is never broken in two
     if cfg.check:
         return dict(check_run(cfg, console))
     check_alike(cfg)
@@ -290,7 +291,9 @@ def build_trainee(cfg: DictConfig, data: RunData, schedule: Schedule) -> Trainee
     wired = wire(data, **{name: model.pop(name) for name in WIRING if name in model})
     model = {name: value for name, value in model.items() if name not in STARTING}
     # a partial: Hydra would turn a dataclass among the arguments into a configuration node
-    autoencoder: Autoencoder = instantiate({**model, "_partial_": True})(blocks=wired.blocks)
+    autoencoder: Autoencoder = instantiate({**model, "_partial_": True})(
+        blocks=wired.blocks, shard=Shard(model["d_sae"], mesh.features())
+    )
     if autoencoder.architecture not in dictionary.OWN_TENSORS:
         raise ConfigError(
             f"model: {autoencoder.architecture!r} could be trained but not loaded again; say in interop/dictionary.py "
@@ -407,7 +410,7 @@ def finish(folder: RunFolder, module: TrainingModule, data: RunData, writes: boo
     several trainees, each one's go into its own folder, too."""
     names = list(module.trainees)
     for name, (prefix, trainee) in zip(names, module.each(), strict=True):
-        gathered = {key: gather_to_first(tensor) for key, tensor in trainee.autoencoder.inference_tensors().items()}
+        gathered = {key: gather_to_first(tensor) for key, tensor in trainee.autoencoder.whole_tensors().items()}
         if not writes:
             continue
         tensors = {key: tensor for key, tensor in gathered.items() if tensor is not None}

@@ -19,10 +19,15 @@ from sparsepilot.autoencoders.step import Dense, Knob, Moment, Response, Selecti
 from sparsepilot.errors import ConfigError
 from sparsepilot.ops.product import EncoderProduct, Workspace, has_fast_half, tile_bytes
 from sparsepilot.ops.sparse import at_pairs, decode_at, decode_plain, encode_at, encode_plain
-from sparsepilot.parallel.shards import own, rows_of
+from sparsepilot.parallel.latents import Shard, spread
+from sparsepilot.parallel.shards import own, rows_of, total_norm
 
 DENSE_ABOVE = 1 / 24
 """Share of active (row, latent) pairs above which a step is cheaper dense: measured on two cores, see docs/log.md."""
+
+
+DRAWN_ROWS = 2**14
+"""Rows of a fresh matrix that are drawn at once; a multiple of 16, torch's unit in drawing normal numbers."""
 
 
 class Common(TypedDict, total=False):
@@ -33,6 +38,7 @@ class Common(TypedDict, total=False):
     tile_latents: PositiveInt | None
     dense_above: NonNegativeFloat
     half_product: bool | None
+    shard: Shard | None
 
 
 class Autoencoder(nn.Module, ABC):
@@ -59,6 +65,11 @@ class Autoencoder(nn.Module, ABC):
         half_product: the product that finds the active latents runs in bfloat16, and what its rounding leaves in doubt
             is computed again: the same choice and the same fp32 values, several times as fast on matrix units. None:
             where the hardware has them.
+        shard: which of the latents this process holds; all that is [d_sae, ...] here is [its latents, ...] then. None:
+            all of them.
+
+    Raises:
+        ConfigError: where the latents cannot be dealt out as wanted.
     """
 
     architecture: str
@@ -74,6 +85,8 @@ class Autoencoder(nn.Module, ABC):
     """How far ln L0 can fall in one step, per unit of learning rate, however strong the penalty; None: not known."""
     latent_buffers: tuple[str, ...] = ()
     """Names of the buffers [d_sae, ...] that are spread over ranks where parameters are."""
+    per_latent: tuple[str, ...] = ("W_enc", "b_enc", "W_dec")
+    """Names of the parameters and saved buffers that have a row for each latent."""
     mean_in: Tensor
     _decoder_mask: Tensor | None
 
@@ -86,6 +99,7 @@ class Autoencoder(nn.Module, ABC):
         tile_latents: int | None = None,
         dense_above: float = DENSE_ABOVE,
         half_product: bool | None = None,
+        shard: Shard | None = None,
     ) -> None:
         super().__init__()
         if d_sae % blocks.readers:
@@ -98,17 +112,23 @@ class Autoencoder(nn.Module, ABC):
         self.tile_latents = tile_latents
         self.dense_above = dense_above
         self.half_product = half_product
-        W_dec_FD = torch.randn(d_sae, blocks.d_out)
+        self.shard = shard = shard or Shard(d_sae)
+        if blocks.readers > 1 and not shard.is_whole:
+            raise ConfigError(
+                f"model.sites: a cross-layer transcoder's latents cannot be dealt out to {shard.ranks.size} ranks; use "
+                "trainer=ddp, or an autoencoder, a crosscoder or a transcoder"
+            )
+        W_dec_FD = normal_rows(shard, blocks.d_out)
         mask_FD = blocks.decoder_mask(d_sae)
         if mask_FD is not None:
             W_dec_FD *= mask_FD
         W_dec_FD /= W_dec_FD.norm(dim=1, keepdim=True)
         W_enc_FD = W_dec_FD.clone()  # tied at the start: encoder rows equal decoder rows
         if not blocks.same:
-            W_enc_FD = torch.randn(d_sae, blocks.encoder_width)
+            W_enc_FD = normal_rows(shard, blocks.encoder_width)
             W_enc_FD /= W_enc_FD.norm(dim=1, keepdim=True)
         self.W_enc = nn.Parameter(W_enc_FD)
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.b_enc = nn.Parameter(torch.zeros(shard.num_latents))
         self.W_dec = nn.Parameter(W_dec_FD)
         self.b_dec = nn.Parameter(torch.zeros(blocks.d_out))
         self.W_skip = nn.Parameter(torch.zeros(blocks.d_out, blocks.d_in)) if blocks.skip else None
@@ -123,6 +143,11 @@ class Autoencoder(nn.Module, ABC):
     def b_in(self) -> Tensor:
         """[d_in] what is subtracted from the input: an autoencoder's b_dec, a transcoder's mean input."""
         return self.b_dec if self.blocks.same else self.mean_in
+
+    @property
+    def b_read(self) -> Tensor:
+        """`b_in` for use by the latents held here: its gradient is summed over shards."""
+        return self.shard.shared(self.b_in)
 
     @property
     @abstractmethod
@@ -196,10 +221,12 @@ class Autoencoder(nn.Module, ABC):
         for name, weight, total in zip(self.extra_terms, self._extra_weights(), sums.extras, strict=True):
             terms[name] = total / num_rows
             loss = loss + weight * terms[name]
-        if self.revival.term_name is not None and now.dead_ids_A.numel() > 0 and not now.inference:
-            value = self.revival.term(self, x_BD, (y_BD - sums.y_hat_BD).detach(), now)
-            terms[self.revival.term_name] = value
-            loss = loss + self.revival.weight(self) * value
+        if self.revival.term_name is not None and not now.inference:
+            num_dead = self.shard.total(now.dead_ids_A.numel(), x_BD.device)
+            if num_dead > 0:
+                value = self.revival.term(self, x_BD, (y_BD - sums.y_hat_BD).detach(), now, num_dead)
+                terms[self.revival.term_name] = value
+                loss = loss + self.revival.weight(self) * value
         for name, total in zip(self.measures, sums.measures, strict=True):
             terms[name] = selection.measures[name] if name in selection.measures else total / num_rows
         terms = {name: value.detach() for name, value in terms.items()}
@@ -237,14 +264,14 @@ class Autoencoder(nn.Module, ABC):
 
     def _sparse(self, x_BD: Tensor, y_BD: Tensor, selection: Selection, now: Moment) -> Sums:
         active = selection.active
-        pre_P = encode_at(x_BD, self.W_enc, self.b_enc, self.b_in, selection.pre_P, active, self.blocks.readers)
+        pre_P = encode_at(x_BD, self.W_enc, self.b_enc, self.b_read, selection.pre_P, active, self.blocks.readers)
 
         def at(values_F: Tensor) -> Tensor:
             return at_pairs(values_F, active)
 
         response = self.respond(pre_P, at, selection.inner_P, now)
         fired_P = (response.codes > 0).to(torch.int64)
-        firings_F = torch.zeros(self.d_sae, dtype=torch.int64, device=x_BD.device)
+        firings_F = torch.zeros(self.shard.num_latents, dtype=torch.int64, device=x_BD.device)
         firings_F.scatter_add_(0, active.ids_P, fired_P)
 
         def decode(codes_P: Tensor, W_dec_FD: Tensor) -> Tensor:
@@ -257,7 +284,7 @@ class Autoencoder(nn.Module, ABC):
 
     def _dense(self, x_BD: Tensor, y_BD: Tensor, dense: Dense, now: Moment) -> Sums:
         """The same sums over tiles of rows; each tile is computed again in the backward pass instead of being kept."""
-        tile_rows = max(64, tile_bytes(x_BD.device) // (x_BD.element_size() * self.d_sae))
+        tile_rows = max(64, tile_bytes(x_BD.device) // (x_BD.element_size() * self.shard.num_latents))
         tiles: list[Sums] = []
         for x, y in zip(torch.split(x_BD, tile_rows), torch.split(y_BD, tile_rows), strict=True):
             if torch.is_grad_enabled():
@@ -281,7 +308,7 @@ class Autoencoder(nn.Module, ABC):
 
     def dense_tile(self, x_BD: Tensor, y_BD: Tensor, dense: Dense, now: Moment) -> Sums:
         """The plain twin of the sparse step: every pre-activation, masked."""
-        pre_BF = encode_plain(x_BD, self.W_enc, self.b_enc, self.b_in, self.blocks.readers)
+        pre_BF = encode_plain(x_BD, self.W_enc, self.b_enc, self.b_read, self.blocks.readers)
         with torch.no_grad():
             keep_BF, inner_BF = self.keep(pre_BF.detach(), dense, now)
         response = self.respond(pre_BF, _as_is, inner_BF, now)
@@ -310,25 +337,32 @@ class Autoencoder(nn.Module, ABC):
         zero = y_BD.new_zeros(())
         prefixes = zero
         if self.prefixes is None or now.inference:
-            y_hat_BD = decode(response.codes, self.W_dec) + rest_BD
+            y_hat_BD = self.shard.sum(decode(response.codes, self.W_dec)) + rest_BD
         else:
             ends = self.prefixes.ends(self.d_sae, now.seed, now.samples)
-            y_hat_BGD = decode_prefixes(self.prefixes, response.codes, ends) + rest_BD[:, None]
+            y_hat_BGD = self.shard.sum(decode_prefixes(self.prefixes, response.codes, self.shard.ends(ends)))
+            y_hat_BGD = y_hat_BGD + rest_BD[:, None]
             prefixes = (y_BD[:, None] - y_hat_BGD[:, :-1]).square().sum()
             y_hat_BD = y_hat_BGD[:, -1]
         extras = []
         for extra in response.extras:
             W_dec_FD, added_BD = (self.W_dec.detach(), rest_BD.detach()) if extra.frozen else (self.W_dec, rest_BD)
-            extras.append((y_BD - decode(extra.codes, W_dec_FD) - added_BD).square().sum())
+            y_hat_extra_BD = self.shard.sum(decode(extra.codes, W_dec_FD)) + added_BD
+            extras.append((y_BD - y_hat_extra_BD).square().sum())
         return Sums(
             y_hat_BD,
             losses.squared_error(y_BD, y_hat_BD),
             prefixes,
-            zero if response.penalty is None else response.penalty,
+            zero if response.penalty is None else self.shard.sum(response.penalty),
             firings_F,
             tuple(extras),
-            tuple(response.measures.get(name, zero).detach() for name in self.measures),
+            tuple(self._measured(response, name, zero) for name in self.measures),
         )
+
+    def _measured(self, response: Response, name: str, zero: Tensor) -> Tensor:
+        """The sum over all latents of what an architecture measures; zero where `select` did."""
+        found = response.measures.get(name)
+        return zero if found is None else self.shard.sum(found.detach())
 
     def _rest(self, x_BD: Tensor) -> Tensor:
         """What is added to the decoded latents: b_dec, and the skip's product; [B, d_out] or [1, d_out]."""
@@ -383,7 +417,7 @@ class Autoencoder(nn.Module, ABC):
         W_enc_AD, b_enc_A = self.W_enc.index_select(0, ids_A), self.b_enc.index_select(0, ids_A)
         readers = self.blocks.readers
         if readers == 1:
-            return encode_plain(x_BD, W_enc_AD, b_enc_A, self.b_in)
+            return encode_plain(x_BD, W_enc_AD, b_enc_A, self.b_read)
         parts, width, per_reader = [], self.W_enc.shape[1], self.d_sae // readers
         for reader in range(readers):
             own_A = torch.div(ids_A, per_reader, rounding_mode="floor") == reader
@@ -424,7 +458,7 @@ class Autoencoder(nn.Module, ABC):
         it had not stay as they are."""
         for name, parameter in self.named_parameters():
             if name in tensors:
-                parameter.copy_(tensors[name])
+                parameter.copy_(self.shard.own(tensors[name]) if name in self.per_latent else tensors[name])
 
     @torch.no_grad()
     def project_gradients(self) -> None:
@@ -438,6 +472,19 @@ class Autoencoder(nn.Module, ABC):
         if self.unit_decoder:
             along_F1 = torch.linalg.vecdot(grad_FD, W_dec_FD, dim=1)[:, None]
             grad_FD.addcmul_(along_F1, W_dec_FD, value=-1.0)
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """Scalar: the norm of the gradient of the whole dictionary."""
+        by_name = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+        if self.shard.is_whole:
+            return total_norm(list(by_name.values()))
+        here, alike = (
+            total_norm([grad for name, grad in by_name.items() if (name in self.per_latent) == per_latent])
+            for per_latent in (True, False)
+        )
+        sq_norm_1 = self.shard.sum_(here.double().square().view(1)) + alike.double().square()
+        return sq_norm_1.sqrt().to(here.dtype).squeeze(0)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -473,13 +520,42 @@ class Autoencoder(nn.Module, ABC):
         }
 
     def inference_tensors(self) -> dict[str, Tensor]:
-        """Tensors of the scaled dictionary by name, in training's orientation ([d_sae, width])."""
+        """Tensors of the scaled dictionary by name, in training's orientation ([d_sae, width]); a shard's are those of
+        its own latents."""
         tensors = {
             "W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec, "b_in": self.b_in,
         }  # fmt: skip
         if self.W_skip is not None:
             tensors["W_skip"] = self.W_skip
         return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """`inference_tensors` of the whole dictionary; those with rows for latents that others hold are DTensors."""
+        return {
+            name: tensor if self.shard.is_whole or name in ("b_dec", "b_in", "W_skip") else spread(tensor)
+            for name, tensor in self.inference_tensors().items()
+        }
+
+
+def normal_rows(shard: Shard, width: int) -> Tensor:
+    """[its latents, width] standard normal numbers: those rows of `torch.randn(d_sae, width)`, bit for bit.
+
+    All are drawn, by blocks, and few are ever held, so that a shard of a dictionary that fits nowhere can be made.
+    """
+    if shard.is_whole:
+        return torch.randn(shard.d_sae, width)
+    rows_FD = torch.empty(shard.num_latents, width)
+    for first in range(0, shard.d_sae, DRAWN_ROWS):
+        last = min(first + DRAWN_ROWS, shard.d_sae)
+        if shard.d_sae - last < DRAWN_ROWS:  # never a short block: torch draws fewer than 16 numbers in another way
+            last = shard.d_sae
+        block_FD = torch.randn(last - first, width)
+        begin, end = max(first, shard.first), min(last, shard.first + shard.num_latents)
+        if begin < end:
+            rows_FD[begin - shard.first : end - shard.first] = block_FD[begin - first : end - first]
+        if last == shard.d_sae:
+            break
+    return rows_FD
 
 
 def _as_is(values_F: Tensor) -> Tensor:

@@ -54,15 +54,15 @@ class BatchTopK(Autoencoder):
     def select(self, product: Callable[..., EncoderProduct], now: Moment) -> Selection | Dense:
         tiles = product()
         if now.inference and float(self.threshold) >= 0:
-            if density_above(tiles, self.threshold) > self.dense_above:
+            if density_above(tiles, self.threshold, self.shard) > self.dense_above:
                 return Dense(self.threshold)
             pairs, measures = select_above(tiles, self.threshold), {"threshold": self.threshold}
         else:
-            top = select_batch_topk(tiles, now.strength)
+            top = select_batch_topk(tiles, now.strength, self.shard)
             pairs, measures = top.pairs, {"threshold": top.smallest}
             if now.strength > self.dense_above * self.d_sae:
                 return Dense(top.smallest, measures)
-        active = ActiveSet.from_pairs(pairs.rows_P, pairs.ids_P, tiles.num_rows, self.d_sae)
+        active = ActiveSet.from_pairs(pairs.rows_P, pairs.ids_P, tiles.num_rows, tiles.num_latents)
         return Selection(active, pairs.values_P, measures=measures)
 
     def keep(self, pre_BF: Tensor, dense: Dense, now: Moment) -> tuple[Tensor | None, Tensor | None]:

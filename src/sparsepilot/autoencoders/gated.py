@@ -29,14 +29,15 @@ class Gated(Penalised):
 
     architecture = "gated"
     extra_terms = ("gate_recon",)
+    per_latent = (*Penalised.per_latent, "r_mag", "b_mag")
 
     def __init__(
         self, blocks: Blocks, d_sae: PositiveInt, coefficient: NonNegativeFloat, **common: Unpack[Common]
     ) -> None:
         super().__init__(blocks, d_sae, **common)
         self.coefficient = coefficient
-        self.r_mag = torch.nn.Parameter(torch.zeros(d_sae))
-        self.b_mag = torch.nn.Parameter(torch.zeros(d_sae))
+        self.r_mag = torch.nn.Parameter(torch.zeros(self.shard.num_latents))
+        self.b_mag = torch.nn.Parameter(torch.zeros(self.shard.num_latents))
 
     def respond(self, pre: Tensor, at: Callable[[Tensor], Tensor], inner: Tensor | None, now: Moment) -> Response:
         gate = pre.relu()

@@ -44,6 +44,7 @@ class JumpReLU(Penalised):
 
     architecture = "jumprelu"
     latent_buffers = ("last_log_threshold",)
+    per_latent = (*Penalised.per_latent, "log_threshold", "last_log_threshold")
     last_log_threshold: Tensor
     """[F] before the last optimizer step"""
     coherence: Tensor
@@ -71,7 +72,7 @@ class JumpReLU(Penalised):
             self.slew_nats_per_lr = SLEW_NATS_PER_THRESHOLD_LR * threshold_lr_scale
         self.steepness = steepness
         start = threshold or (narrow if recipe == "step" else 0.1)
-        self.log_threshold = torch.nn.Parameter(torch.full((d_sae,), start).log())
+        self.log_threshold = torch.nn.Parameter(torch.full((self.shard.num_latents,), start).log())
         self.register_buffer("last_log_threshold", self.log_threshold.detach().clone())
         self.register_buffer("coherence", torch.zeros(()))
 
@@ -81,7 +82,8 @@ class JumpReLU(Penalised):
     def close_step(self, terms: dict[str, Tensor], now: Moment) -> None:
         moved_F = own(self.log_threshold) - own(self.last_log_threshold)
         # Adam moves every threshold by about its learning rate: when the penalty rules, all of them the same way
-        one_way, both_ways = sum_over_parts(torch.stack([moved_F.sum(), moved_F.abs().sum()]), self.log_threshold)
+        sums = sum_over_parts(torch.stack([moved_F.sum(), moved_F.abs().sum()]), self.log_threshold)
+        one_way, both_ways = self.shard.sum_(sums)
         self.coherence.copy_(one_way.abs() / both_ways.clamp_min(1e-30))
         own(self.last_log_threshold).copy_(own(self.log_threshold))
 
@@ -121,7 +123,7 @@ class JumpReLU(Penalised):
     def adopt(self, tensors: dict[str, Tensor]) -> None:
         super().adopt(tensors)
         if "threshold" in tensors:
-            self.log_threshold.copy_(tensors["threshold"].clamp_min(1e-6).log())
+            self.log_threshold.copy_(self.shard.own(tensors["threshold"]).clamp_min(1e-6).log())
             self.last_log_threshold.copy_(self.log_threshold)
 
     def inference_tensors(self) -> dict[str, Tensor]:

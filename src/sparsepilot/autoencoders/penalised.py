@@ -33,11 +33,11 @@ class Penalised(Autoencoder):
     def select(self, product: Callable[..., EncoderProduct], now: Moment) -> Selection | Dense:
         bounds_F = self.bounds(now)
         tiles = product() if bounds_F is None else product(-bounds_F)
-        if density_above(tiles, 0.0) > self.dense_above:
+        if density_above(tiles, 0.0, self.shard) > self.dense_above:
             return Dense()
         pairs = select_above(tiles, 0.0)
         pre_P = pairs.values_P if bounds_F is None else pairs.values_P + bounds_F[pairs.ids_P]
-        active = ActiveSet.from_pairs(pairs.rows_P, pairs.ids_P, tiles.num_rows, self.d_sae)
+        active = ActiveSet.from_pairs(pairs.rows_P, pairs.ids_P, tiles.num_rows, tiles.num_latents)
         return Selection(active, pre_P)
 
     def keep(self, pre_BF: Tensor, dense: Dense, now: Moment) -> tuple[Tensor | None, Tensor | None]:

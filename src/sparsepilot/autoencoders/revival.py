@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sparsepilot import losses
-from sparsepilot.ops.active import ActiveSet
+from sparsepilot.ops.among_shards import among_all, choose_topk
 from sparsepilot.ops.product import EncoderProduct, tile_bytes
 from sparsepilot.ops.select import select_topk
 from sparsepilot.ops.sparse import decode_at, encode_at
+from sparsepilot.ops.topk import topk_plain
 
 if TYPE_CHECKING:
     from sparsepilot.autoencoders.base import Autoencoder
@@ -32,8 +33,16 @@ class Revival:
         """What the term is multiplied with."""
         return 0.0
 
-    def term(self, model: Autoencoder, x_BD: Tensor, e_BD: Tensor, now: Moment) -> Tensor:
-        """The term's mean over the rows of a micro-batch; `e_BD` is the main reconstruction's residual, detached."""
+    def term(self, model: Autoencoder, x_BD: Tensor, e_BD: Tensor, now: Moment, num_dead: int) -> Tensor:
+        """The term's mean over the rows of a micro-batch.
+
+        Args:
+            model: in training.
+            x_BD: scaled inputs.
+            e_BD: the main reconstruction's residual, detached.
+            now: where the run stands; of the dead latents it knows those held here.
+            num_dead: at least 1, over all shards.
+        """
         raise NotImplementedError
 
 
@@ -63,35 +72,36 @@ class AuxK(Revival):
     def weight(self, model: Autoencoder) -> float:
         return self.coefficient * model.total_variance
 
-    def term(self, model: Autoencoder, x_BD: Tensor, e_BD: Tensor, now: Moment) -> Tensor:
-        k = min(self.aux_k or math.ceil(model.d_out / 2), now.dead_ids_A.numel())
-        if k < model.dense_above * now.dead_ids_A.numel() and model.blocks.readers == 1:
+    def term(self, model: Autoencoder, x_BD: Tensor, e_BD: Tensor, now: Moment, num_dead: int) -> Tensor:
+        k = min(self.aux_k or math.ceil(model.d_out / 2), num_dead)
+        if k < model.dense_above * num_dead and model.blocks.readers == 1:
             sq_error = self._sparse(model, x_BD, e_BD, now.dead_ids_A, k)
         else:
-            sq_error = self._dense(model, x_BD, e_BD, now.dead_ids_A, k)
+            sq_error = self._dense(model, x_BD, e_BD, now.dead_ids_A, k, num_dead)
         return losses.aux_k(sq_error / len(x_BD), now.mean_sq_residual, floor=1e-12 * model.total_variance)
 
     def _sparse(self, model: Autoencoder, x_BD: Tensor, e_BD: Tensor, ids_A: Tensor, k: int) -> Tensor:
         W_enc_AD, b_enc_A = model.W_enc.index_select(0, ids_A), model.b_enc.index_select(0, ids_A)
         with torch.no_grad():
             product = EncoderProduct(x_BD - model.b_in, W_enc_AD, b_enc_A, model._workspace, model.tile_latents)
-            top = select_topk(product, k)
-        active = ActiveSet.from_topk(top.ids_BK, ids_A.numel())
-        pre_P = encode_at(x_BD, W_enc_AD, b_enc_A, model.b_in, top.values_BK.reshape(-1), active)
-        e_hat_BD = decode_at(pre_P, model.W_dec.index_select(0, ids_A), active)
+            top = select_topk(product, min(k, ids_A.numel()))
+            active, pre_P, _ = choose_topk(top, k, ids_A.numel(), model.shard)
+        pre_P = encode_at(x_BD, W_enc_AD, b_enc_A, model.b_read, pre_P, active)
+        e_hat_BD = model.shard.sum(decode_at(pre_P, model.W_dec.index_select(0, ids_A), active))
         return losses.squared_error(e_BD, e_hat_BD)
 
-    def _dense(self, model: Autoencoder, x_BD: Tensor, e_BD: Tensor, ids_A: Tensor, k: int) -> Tensor:
+    def _dense(self, model: Autoencoder, x_BD: Tensor, e_BD: Tensor, ids_A: Tensor, k: int, num_dead: int) -> Tensor:
         W_dec_AD = model.W_dec.index_select(0, ids_A)
 
         def tile(x_BD: Tensor, e_BD: Tensor) -> Tensor:
             pre_BA = model.encode_subset(x_BD, ids_A)
-            if k < ids_A.numel():
-                top = torch.topk(pre_BA, k, dim=-1, sorted=False)
-                pre_BA = torch.zeros_like(pre_BA).scatter(1, top.indices, top.values)
-            return losses.squared_error(e_BD, (pre_BA @ W_dec_AD).float())
+            if k < num_dead:
+                top = topk_plain(pre_BA, min(k, ids_A.numel()))
+                (kept_BK,) = among_all(top, [k], model.shard)
+                pre_BA = torch.zeros_like(pre_BA).scatter(1, top.ids_BK, top.values_BK * kept_BK)
+            return losses.squared_error(e_BD, model.shard.sum((pre_BA @ W_dec_AD).float()))
 
-        return _over_row_tiles(tile, ids_A.numel(), x_BD, e_BD)
+        return _over_row_tiles(tile, num_dead, x_BD, e_BD)
 
 
 class PreActivation(Revival):
@@ -110,15 +120,15 @@ class PreActivation(Revival):
     def weight(self, model: Autoencoder) -> float:
         return self.coefficient
 
-    def term(self, model: Autoencoder, x_BD: Tensor, e_BD: Tensor, now: Moment) -> Tensor:
+    def term(self, model: Autoencoder, x_BD: Tensor, e_BD: Tensor, now: Moment, num_dead: int) -> Tensor:
         ids_A = now.dead_ids_A
         norms_A = model.decoder_norms().index_select(0, ids_A)
         thresholds_A = model.thresholds().index_select(0, ids_A)
 
         def tile(x_BD: Tensor, _: Tensor) -> Tensor:
-            return ((thresholds_A - model.encode_subset(x_BD, ids_A)).relu() * norms_A).sum()
+            return model.shard.sum(((thresholds_A - model.encode_subset(x_BD, ids_A)).relu() * norms_A).sum())
 
-        return _over_row_tiles(tile, ids_A.numel(), x_BD, e_BD) / len(x_BD)
+        return _over_row_tiles(tile, num_dead, x_BD, e_BD) / len(x_BD)
 
 
 class Resample(Revival):

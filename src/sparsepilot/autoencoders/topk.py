@@ -12,10 +12,9 @@ from torch import Tensor
 from sparsepilot.autoencoders.base import Autoencoder, Common
 from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.autoencoders.step import Dense, Extra, Knob, Moment, Response, Selection
-from sparsepilot.ops.active import ActiveSet
+from sparsepilot.ops.among_shards import among_all, choose_topk
 from sparsepilot.ops.product import EncoderProduct
 from sparsepilot.ops.select import select_topk
-from sparsepilot.ops.topk import TopK as Top
 from sparsepilot.ops.topk import topk_grouped
 
 MULTI = 4
@@ -62,19 +61,19 @@ class TopK(Autoencoder):
         k, wide = self._sizes(now)
         if wide > self.dense_above * self.d_sae:
             return Dense()
-        top = _inner_first(select_topk(product(), wide), k)
-        active = ActiveSet.from_topk(top.ids_BK, self.d_sae)
-        inner_P = None
-        if wide > k:
-            inner_P = (torch.arange(wide, device=top.ids_BK.device) < k).repeat(active.num_rows)
-        return Selection(active, top.values_BK.reshape(-1), inner_P)
+        tiles = product()
+        top = select_topk(tiles, min(wide, tiles.num_latents))
+        return Selection(*choose_topk(top, wide, tiles.num_latents, self.shard, inner=k if wide > k else None))
 
     def keep(self, pre_BF: Tensor, dense: Dense, now: Moment) -> tuple[Tensor | None, Tensor | None]:
         k, wide = self._sizes(now)
-        top = _inner_first(topk_grouped(pre_BF, wide), k)
+        top = topk_grouped(pre_BF, min(wide, pre_BF.shape[1]))
         nothing = torch.zeros_like(pre_BF, dtype=torch.bool)
-        keep_BF = nothing.scatter(1, top.ids_BK, True)
-        return keep_BF, nothing.scatter(1, top.ids_BK[:, :k], True) if wide > k else None
+        keep_BF, *inner_BF = (
+            nothing.scatter(1, top.ids_BK, kept_BK)
+            for kept_BK in among_all(top, [wide, k] if wide > k else [k], self.shard)
+        )
+        return keep_BF, inner_BF[0] if inner_BF else None
 
     def respond(self, pre: Tensor, at: Callable[[Tensor], Tensor], inner: Tensor | None, now: Moment) -> Response:
         codes = pre.relu()
@@ -109,11 +108,3 @@ def annealed_k(k: float, start: float, progress: float) -> float:
     (272.0, 32, 32)
     """
     return k if progress >= 1 or start <= k else start + (k - start) * progress
-
-
-def _inner_first(top: Top, k: int) -> Top:
-    """The k largest of each row moved to the front."""
-    if top.ids_BK.shape[1] <= k:
-        return top
-    values_BK, order_BK = torch.sort(top.values_BK, dim=1, descending=True, stable=True)
-    return Top(values_BK, top.ids_BK.gather(1, order_BK))

@@ -28,7 +28,7 @@ from sparsepilot import faults
 from sparsepilot.callbacks.sealed_file import cannot_write, digest_of, read_sealed, write_sealed
 from sparsepilot.errors import CheckpointError
 from sparsepilot.parallel.agreement import from_all, from_first
-from sparsepilot.parallel.collectives import rank
+from sparsepilot.parallel.mesh import world
 from sparsepilot.parallel.shards import Box, box_of, own
 from sparsepilot.run_folder import sync_folder
 
@@ -64,13 +64,13 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
 
     rest = _map_tensors(checkpoint, (), leave_out)
     held = from_all({name: box_of(tensor) for name, tensor in spread.items()})
-    mine = [name for name in spread if _writer(held, name, held[rank()][name]) == rank()]
+    mine = [name for name in spread if _writer(held, name, held[world().rank][name]) == world().rank]
     temporary = path.with_name(path.name + ".tmp")
     from_first(lambda: _make_fresh(temporary))
     told: tuple[str, str] | CheckpointError
     try:
         temporary.mkdir(exist_ok=True)  # another machine may not have seen it yet
-        file = temporary / f"rank-{rank():05d}.ckpt"
+        file = temporary / f"rank-{world().rank:05d}.ckpt"
         told = (file.name, write_sealed(file, {name: _compact(own(spread[name])) for name in mine}, "checkpoint-shard"))
     except CheckpointError as error:
         told = error

@@ -10,13 +10,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from sparsepilot.callbacks.disturb import disturbance
 from sparsepilot.config.instantiate import instantiate
+from sparsepilot.config.shards import check_shards
 from sparsepilot.config.signature import check_fields, check_target, takes
 from sparsepilot.config.trainees import each_alone, naming
 from sparsepilot.errors import ConfigError
 from sparsepilot.lm import load as lm_load
 from sparsepilot.lm import text as lm_text
 from sparsepilot.parallel.sharded import Sharded
-from sparsepilot.ranks import num_devices, ranks_here
+from sparsepilot.ranks import num_devices, num_shards, ranks_here
 from sparsepilot.reporting.wandb import resolve_mode
 from sparsepilot.wiring import STARTING, WIRING, check_sites, wire
 
@@ -47,7 +48,7 @@ def _check_one(plain: dict[str, Any]) -> None:
     check_sites(**wiring)
     check_fields("model", {k: v for k, v in plain["model"].items() if k in STARTING}, _starting_fields)
     built = {k: v for k, v in plain["model"].items() if k not in WIRING + STARTING}
-    check_target("model", built, given=("blocks",))
+    check_target("model", built, given=("blocks", "shard"))
     check_target("controller", plain["controller"])
     check_target("optimizer", plain["optimizer"], given=("params",))
     _try_optimizer(plain["optimizer"])
@@ -60,6 +61,7 @@ def _check_one(plain: dict[str, Any]) -> None:
         check_fields("callbacks.disturb", plain["callbacks"]["disturb"], disturbance)
     if plain["cross_entropy"] is not None:
         _check_cross_entropy(plain)
+    check_shards(plain)
     _check_relations(plain)
 
 
@@ -343,11 +345,12 @@ def _check_relations(plain: dict[str, Any]) -> None:
             f"e.g. {right}"
         )
     world = num_devices(plain["trainer"]) * plain["trainer"].get("num_nodes", 1)
-    if streams % world:
+    readers = world // num_shards(plain["trainer"])  # the others read the same rows
+    if streams % readers:
         allowed = ", ".join(str(w) for w in range(1, streams + 1) if streams % w == 0)
         raise ConfigError(
-            f"trainer.devices = {plain['trainer'].get('devices', 1)!r}: {world} ranks cannot share data.num_streams = "
-            f"{streams} equally; so many can: {allowed}"
+            f"trainer.devices = {plain['trainer'].get('devices', 1)!r}: {readers} ranks cannot share data.num_streams "
+            f"= {streams} equally; so many can: {allowed}"
         )
     if plain["trainer"].get("reproducible"):
         if streams & (streams - 1):

@@ -46,7 +46,7 @@ def check_fields(group: str, node: Mapping[str, Any], target: Callable[..., Any]
     """
     parameters = {name: p for name, p in inspect.signature(target).parameters.items() if name not in ("self", *given)}
     hints = _hints(target)
-    shared = _unpacked(parameters, hints)
+    shared = {name: hint for name, hint in _unpacked(parameters, hints).items() if name not in given}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and not shared
     hints |= shared
     for key, value in node.items():

@@ -15,6 +15,7 @@ from sparsepilot.data.source import RowSource
 from sparsepilot.data.together import known_sites, open_sites
 from sparsepilot.data.window import window_rows_per_stream
 from sparsepilot.errors import CheckpointError, ConfigError
+from sparsepilot.parallel.collectives import num_ranks, rank
 
 
 class RunData(LightningDataModule):
@@ -94,10 +95,11 @@ class RunData(LightningDataModule):
         }
 
     def _rank_and_world(self) -> tuple[int, int]:
+        """Among the ranks that read different rows."""
         if self.trainer is None:
             return 0, 1
-        streams_of_rank(self.num_streams, self.trainer.global_rank, self.trainer.world_size)
-        return self.trainer.global_rank, self.trainer.world_size
+        streams_of_rank(self.num_streams, rank(), num_ranks())
+        return rank(), num_ranks()
 
     def _loader(self, rank: int, world: int) -> TrainLoader:
         return TrainLoader(

@@ -87,7 +87,7 @@ class EncoderProduct:
         per_element = 2 if half is not None else xc_BD.element_size()
         tile_elements = tile_bytes(xc_BD.device) // per_element
         per_reader = self.num_latents // readers
-        width = min(tile_latents or max(16, tile_elements // FULL_SPEED_ROWS), per_reader)
+        width = max(1, min(tile_latents or max(16, tile_elements // FULL_SPEED_ROWS), per_reader))
         self.latent_tiles = [
             slice(start, min(start + width, reader * per_reader + per_reader))
             for reader in range(readers)

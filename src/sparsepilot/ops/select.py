@@ -8,6 +8,9 @@ out for certain; the rest is computed again in fp32, pair by pair, and the choic
 thresholds and BatchTopK are exactly those of fp32 whatever the product ran in. For TopK, k and some more candidates are
 computed again; if the k-th of their values is no less than every other upper bound, nobody else can be among the k
 largest. Rows where that fails are computed again in full where the product is to be `certain`.
+
+Where the latents are dealt out over ranks, a bound needs nothing more, BatchTopK's n largest are those of all ranks
+anyway, and ops/among_shards.py merges the k largest of each row.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from torch import Tensor
 
 from sparsepilot.ops.product import U_HALF, EncoderProduct, Workspace
 from sparsepilot.ops.topk import GROUP_SIZE, TopK, merge_topk, topk_grouped
-from sparsepilot.parallel.collectives import all_gather_concat, all_reduce_max_, all_reduce_sum_, num_ranks
+from sparsepilot.parallel.collectives import all_gather_concat, all_reduce_max_, all_reduce_sum_
+from sparsepilot.parallel.latents import Shard
+from sparsepilot.parallel.mesh import everyone
 
 SPARE = 16
 """Candidates beyond k whose fp32 values decide, where a selection need not be certain."""
@@ -80,6 +85,9 @@ def _topk_by_bounds(product: EncoderProduct, rows: slice, k: int) -> tuple[TopK,
 
 def _topk_of_rows(product: EncoderProduct, rows: slice, wanted: int) -> TopK:
     merged: TopK | None = None
+    if product.num_latents == 0:  # a shard without dead latents
+        nothing_B0 = product.xc_BD.new_empty(rows.stop - rows.start, 0)
+        return TopK(nothing_B0, nothing_B0.long())
     for latents in product.latent_tiles:
         pre = product.tile(rows, latents)
         local = topk_grouped(pre, min(wanted, pre.shape[1]))
@@ -131,11 +139,14 @@ def _above(product: EncoderProduct, rows: slice, latents: slice, bound: float | 
     return Pairs(rows_P + rows.start, ids_P + latents.start, pre[rows_P, ids_P].float())
 
 
-def density_above(product: EncoderProduct, bound: float | Tensor) -> float:
-    """The share of pairs above `bound` among the first rows: what decides between the sparse and the dense path."""
+def density_above(product: EncoderProduct, bound: float | Tensor, shard: Shard | None = None) -> float:
+    """The share of pairs above `bound` among the first rows, over all shards: what decides between the sparse and the
+    dense path."""
     rows = slice(0, min(product.num_rows, SAMPLE_ROWS))
     above = sum(int((product.tile(rows, latents) > bound).sum()) for latents in product.latent_tiles)
-    return above / (rows.stop * product.num_latents)
+    if shard is not None:
+        above = shard.total(above, product.xc_BD.device)
+    return above / (rows.stop * (product.num_latents if shard is None else shard.d_sae))
 
 
 class BatchTop(NamedTuple):
@@ -146,7 +157,7 @@ class BatchTop(NamedTuple):
     """scalar: the smallest of them; 0 where fewer than n are positive"""
 
 
-def select_batch_topk(product: EncoderProduct, per_row: float) -> BatchTop:
+def select_batch_topk(product: EncoderProduct, per_row: float, shard: Shard | None = None) -> BatchTop:
     """The `per_row` * rows largest pre-activations over the batch of all ranks, of the positive ones; ties all stay.
 
     Exact: a bound from a sample of rows leaves a few more candidates than wanted, the largest of which are taken; where
@@ -155,12 +166,13 @@ def select_batch_topk(product: EncoderProduct, per_row: float) -> BatchTop:
     rows = torch.tensor(product.num_rows, dtype=torch.int64, device=product.xc_BD.device)
     wanted = max(1, round(per_row * int(all_reduce_sum_(rows))))
     # the lowest of all ranks: with bounds of their own, a rank could leave out what the others make room for
-    bound_1 = torch.tensor([-_sampled_bound(product, per_row)], dtype=torch.float64, device=product.xc_BD.device)
-    bound = -float(all_reduce_max_(bound_1))
+    own_per_row = per_row if shard is None else per_row / shard.ranks.size
+    bound_1 = torch.tensor([-_sampled_bound(product, own_per_row)], dtype=torch.float64, device=product.xc_BD.device)
+    bound = -float(all_reduce_max_(bound_1, everyone()))
     while True:
         pairs = select_above(product, bound)
         count = torch.tensor(pairs.values_P.numel(), dtype=torch.int64, device=product.xc_BD.device)
-        if int(all_reduce_sum_(count)) >= wanted or bound == 0.0:
+        if int(all_reduce_sum_(count, everyone())) >= wanted or bound == 0.0:
             break
         bound = bound / 2 if bound > 1e-3 else 0.0
     smallest = _nth_largest(pairs.values_P, wanted)
@@ -186,8 +198,9 @@ def _sampled_bound(product: EncoderProduct, per_row: float) -> float:
 
 def _nth_largest(values_P: Tensor, n: int) -> Tensor:
     """The n-th largest over all ranks, 0 where there are fewer."""
-    if num_ranks() > 1:
-        values_P = all_gather_concat(torch.topk(values_P, min(n, values_P.numel()), sorted=False).values)
+    ranks = everyone()
+    if ranks.size > 1:
+        values_P = all_gather_concat(torch.topk(values_P, min(n, values_P.numel()), sorted=False).values, ranks)
     if values_P.numel() < n:
         return values_P.new_zeros(())
     return torch.topk(values_P, n, sorted=False).values.amin()

@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from sparsepilot import ranks
 from sparsepilot.errors import RankError, SaidElsewhere, SparsepilotError
-from sparsepilot.parallel.collectives import num_ranks, rank
+from sparsepilot.parallel import mesh
 
 T = TypeVar("T")
 
@@ -60,6 +60,7 @@ def leave() -> None:
             raise RankError(GONE) from error
         raise
     dist.destroy_process_group()
+    mesh.forget()
     _control = _store = None
     ranks.may_say.pop()
 
@@ -79,7 +80,7 @@ def from_first(make: Callable[[], T]) -> T:
     if _control is None:
         return make()
     told: list[Any] = [None]
-    if rank() == 0:
+    if mesh.world().rank == 0:
         try:
             told = [(True, make())]
         except BaseException:
@@ -96,7 +97,7 @@ def from_all(value: T) -> list[T]:
     """Every rank's value, in rank order."""
     if _control is None:
         return [value]
-    values: list[Any] = [None] * num_ranks()
+    values: list[Any] = [None] * mesh.world().size
     dist.all_gather_object(values, value, group=_control)
     return values
 
@@ -124,9 +125,9 @@ def _say_once(line: str) -> bool:
     try:
         first = bool(_store.add(f"said {line}", 1) == 1)
         _store.add("ending", 1)
-        if rank() == 0:  # the store ends with rank 0: give the others time to ask it
+        if mesh.world().rank == 0:  # the store ends with rank 0: give the others time to ask it
             until_s = time.monotonic() + LINGER_S
-            while _store.add("ending", 0) < num_ranks() and time.monotonic() < until_s:
+            while _store.add("ending", 0) < mesh.world().size and time.monotonic() < until_s:
                 time.sleep(0.05)
     except RuntimeError:
         return True  # rank 0 is gone, who knows what it said

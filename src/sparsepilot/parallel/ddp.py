@@ -13,7 +13,9 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future, collect_all
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsepilot.parallel.collectives import add_pairwise
+from sparsepilot.parallel import mesh
+from sparsepilot.parallel.collectives import add_pairwise, all_gather
+from sparsepilot.parallel.mesh import Group
 
 ONE_PER_PARAMETER_MB = 1e-6
 
@@ -54,38 +56,36 @@ class DataParallel(DDPStrategy):
         """Lightning's own would only do so on CUDA."""
         assert isinstance(self.model, DistributedDataParallel)
         hook = _mean_in_bfloat16 if self.gradients == "bfloat16" else _mean
-        self.model.register_comm_hook(None, _mean_by_tree if self.reproducible else hook)
+        self.model.register_comm_hook(mesh.data(), _mean_by_tree if self.reproducible else hook)
 
 
-def _mean(state: object, bucket: GradBucket) -> Future[Tensor]:
+def _mean(group: Group, bucket: GradBucket) -> Future[Tensor]:
     """The mean over ranks of each gradient in a bucket."""
     gradients = bucket.gradients()
-    bucket.buffer().div_(dist.get_world_size())
+    bucket.buffer().div_(group.size)
 
     def mean(_: Any) -> Tensor:
         reduced: Tensor = bucket.buffer()
         return reduced
 
-    return _reduced(gradients).then(mean)
+    return _reduced(gradients, group).then(mean)
 
 
-def _mean_by_tree(state: object, bucket: GradBucket) -> Future[Tensor]:
+def _mean_by_tree(group: Group, bucket: GradBucket) -> Future[Tensor]:
     """The mean, added up by every rank in the same order: the traffic of a gather, and as many gradients in memory as
     there are ranks, of one parameter at a time."""
     for gradient in bucket.gradients():
-        parts = [torch.empty_like(gradient) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, gradient.contiguous())
-        gradient.copy_(add_pairwise(parts).div_(len(parts)))
+        gradient.copy_(add_pairwise(all_gather(gradient, group)).div_(group.size))
     buffer = bucket.buffer()
     done: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
     done.set_result(buffer)
     return done
 
 
-def _mean_in_bfloat16(state: object, bucket: GradBucket) -> Future[Tensor]:
+def _mean_in_bfloat16(group: Group, bucket: GradBucket) -> Future[Tensor]:
     """The same, sent as bfloat16; torch's own hook does not do it over gloo."""
     gradients = bucket.gradients()
-    sent = [gradient.to(torch.bfloat16).div_(dist.get_world_size()) for gradient in gradients]
+    sent = [gradient.to(torch.bfloat16).div_(group.size) for gradient in gradients]
 
     def widen(_: Any) -> Tensor:
         for gradient, received in zip(gradients, sent, strict=True):
@@ -93,9 +93,9 @@ def _mean_in_bfloat16(state: object, bucket: GradBucket) -> Future[Tensor]:
         widened: Tensor = bucket.buffer()
         return widened
 
-    return _reduced(sent).then(widen)
+    return _reduced(sent, group).then(widen)
 
 
-def _reduced(tensors: list[Tensor]) -> Future[Any]:
-    works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+def _reduced(tensors: list[Tensor], group: Group) -> Future[Any]:
+    works = [dist.all_reduce(tensor, group=group.handle, async_op=True) for tensor in tensors]
     return collect_all([work.get_future() for work in works if work is not None])

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from sparsepilot.parallel import mesh
 from sparsepilot.parallel.agreement import from_all
-from sparsepilot.parallel.collectives import all_reduce_sum_, num_ranks, rank
+from sparsepilot.parallel.collectives import all_reduce_sum_, num_ranks
 
 
 class Box(NamedTuple):
@@ -121,12 +122,13 @@ def whole(module: nn.Module) -> Iterator[None]:
 
 def gather_to_first(tensor: Tensor) -> Tensor | None:
     """The whole tensor, on CPU, on rank 0; None on the others, which hold no more than their part. All ranks call."""
-    first = rank() == 0
+    rank = mesh.world().rank
+    first = rank == 0
     if not isinstance(tensor, DTensor):
         return tensor.cpu() if first else None
     boxes = from_all(box_of(tensor))
     if not first:
-        if boxes.index(boxes[rank()]) == rank():  # or an earlier rank sends the same part
+        if boxes.index(boxes[rank]) == rank:  # or an earlier rank sends the same part
             dist.send(own(tensor).contiguous(), dst=0)
         return None
     gathered = torch.empty(tensor.shape, dtype=tensor.dtype)

@@ -18,8 +18,9 @@ from sparsepilot import faults
 from sparsepilot.errors import CheckpointError, NonFiniteError
 from sparsepilot.ops.readback import Readback
 from sparsepilot.parallel.agreement import any_rank, from_all
+from sparsepilot.parallel.mesh import features
 from sparsepilot.parallel.sharded import Sharded
-from sparsepilot.parallel.shards import own, scale_down_, total_norm, whole
+from sparsepilot.parallel.shards import own, scale_down_, whole
 from sparsepilot.training.streams import loss_stream_by_stream
 from sparsepilot.training.trainee import Trainee
 from sparsepilot.training.validation import Row, Validation
@@ -110,9 +111,9 @@ class TrainingModule(L.LightningModule):
         for _, trainee in self.each():
             trainee.reduce()
             trainee.autoencoder.project_gradients()
-            gradients = [p.grad for p in trainee.autoencoder.parameters() if p.grad is not None]
-            norm = total_norm(gradients)
+            norm = trainee.autoencoder.gradient_norm()
             if self.clip_norm is not None:
+                gradients = [p.grad for p in trainee.autoencoder.parameters() if p.grad is not None]
                 scale_down_(gradients, norm, self.clip_norm)
             vitals += [norm.double(), trainee.sums_S.sum()]
         if self.device.type == "cpu":  # the numbers are here: stop before the step spoils the parameters
@@ -233,7 +234,7 @@ class TrainingModule(L.LightningModule):
                 row[f"{prefix}train/loss_{name}"] = value
             row[f"{prefix}train/l0"] = measured.l0
             row[f"{prefix}train/fvu"] = measured.fvu
-            row[f"{prefix}train/dead_latents"] = int(trainee.dead.dead_mask().sum())
+            row[f"{prefix}train/dead_latents"] = trainee.num_dead()
             row |= {f"{prefix}controller/{name}": value for name, value in trainee.controller.readings().items()}
             row[f"{prefix}train/lr"] = lr
         return row
@@ -269,7 +270,7 @@ class TrainingModule(L.LightningModule):
                 found += [f"cache row {row}" for row in name_rows(batch.first_sample, number, rows)]
             else:
                 found += [f"row {row} of micro-batch {number}" for row in rows]
-        found = [row for rows in from_all(found) for row in rows]
+        found = list(dict.fromkeys(row for rows in from_all(found) for row in rows))
         if not found:
             return "every input row is finite, so the parameters or the learning rate are to blame"
         return "not finite in the input: " + ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
@@ -283,7 +284,7 @@ class TrainingModule(L.LightningModule):
             "batch": self.batch,
             "made_with": self._made_with(),
             "architectures": {name: _trainee(t).autoencoder.architecture for name, t in self.trainees.items()},
-            "shapes": {name: list(p.shape) for name, p in self.named_parameters()},
+            "shapes": self._shapes(),
         }
         checkpoint.pop("loops", None)
 
@@ -299,12 +300,11 @@ class TrainingModule(L.LightningModule):
                 raise CheckpointError(
                     f"the checkpoint's {name!r} is a {theirs}, this run's is a {ours}: use the same model"
                 )
-        for name, parameter in self.named_parameters():
+        for name, shape in self._shapes().items():
             theirs = saved["shapes"].get(name)
-            if theirs != list(parameter.shape):
+            if theirs != shape:
                 raise CheckpointError(
-                    f"the checkpoint's {name} has shape {theirs}, this run's has {list(parameter.shape)}: "
-                    "use the same model"
+                    f"the checkpoint's {name} has shape {theirs}, this run's has {shape}: use the same model"
                 )
         self.samples = saved["samples"]
         made_with = self._made_with()
@@ -314,6 +314,18 @@ class TrainingModule(L.LightningModule):
                 "resuming with the same order of data but not the same bits: " + "; ".join(differing), stacklevel=1
             )
 
+    def per_latent(self) -> set[str]:
+        """Names in the state dict of what has a row for each latent that this process holds."""
+        return {f"trainees.{name}.{own}" for name, t in self.trainees.items() for own in _trainee(t).per_latent()}
+
+    def _shapes(self) -> dict[str, list[int]]:
+        """Of the parameters of whole dictionaries."""
+        num_shards, rows = features().size, self.per_latent()
+        return {
+            name: [p.shape[0] * (num_shards if name in rows else 1), *p.shape[1:]]
+            for name, p in self.named_parameters()
+        }
+
     def _made_with(self) -> dict[str, str | int]:
         """What the bits of a step depend on beside configuration and state."""
         return {
@@ -322,6 +334,7 @@ class TrainingModule(L.LightningModule):
             "threads": torch.get_num_threads(),
             "ranks": self.trainer.world_size,
             "parameters": "spread over ranks" if self.is_spread() else "whole",
+            "shards": features().size,
             "accumulate": self.trainer.accumulate_grad_batches,
             "precision": str(self.trainer.precision),
             "reproducible": str(self.reproducible),

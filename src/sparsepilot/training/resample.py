@@ -20,6 +20,8 @@ def resample(
 ) -> int:  # fmt: skip
     """Points dead latents at rows of the present global batch that are badly reconstructed.
 
+    (A shard of a dictionary takes its own dead latents' share of the rows drawn for all.)
+
     Rows are drawn without replacement, with probability proportional to the square of their loss, by a generator seeded
     from (seed, samples), the same on all ranks. A latent's decoder row becomes the row's centred target at norm 1 (at
     the living latents' mean norm where decoder rows are free), its encoder row the centred input at `encoder_scale`
@@ -30,37 +32,41 @@ def resample(
         sq_error_B: [B] ||y - y_hat||^2 of each.
 
     Returns:
-        How many latents were resampled: no more than there are rows with a loss.
+        How many latents were resampled, on all shards: no more than there are rows with a loss.
     """
-    living_F = torch.ones(model.d_sae, dtype=torch.bool, device=xc_BD.device)
+    shard = model.shard
+    living_F = torch.ones(shard.num_latents, dtype=torch.bool, device=xc_BD.device)
     living_F[dead_ids_A] = False
     weights_N = all_gather_concat(sq_error_B.double().square())
-    num_drawn = min(dead_ids_A.numel(), int(torch.count_nonzero(weights_N)))
-    if num_drawn == 0 or not bool(living_F.any()):
+    dead_S: list[int] = shard.gather(torch.tensor([dead_ids_A.numel()], device=xc_BD.device)).flatten().tolist()
+    num_drawn = min(sum(dead_S), int(torch.count_nonzero(weights_N)))
+    if num_drawn == 0 or sum(dead_S) == shard.d_sae:
         return 0
     make = generator_at(seed, samples)
     # Gumbel's trick: the largest of log weight + noise are a draw without replacement, of any number of rows
     noise_N = -(-torch.rand(weights_N.shape, generator=make, dtype=torch.float64).log()).log()
     drawn_A = torch.topk(weights_N.cpu().log() + noise_N, num_drawn).indices.to(xc_BD.device)
-    ids_A = dead_ids_A[:num_drawn]
+    before = sum(dead_S[: shard.ranks.rank])  # dead latents are numbered over all shards
+    drawn_A = drawn_A[before : before + dead_ids_A.numel()]
+    ids_A = dead_ids_A[: drawn_A.numel()]
 
     counts = all_gather_concat(torch.tensor([len(sq_error_B)], device=xc_BD.device))
     first = int(counts[: rank()].sum())
     x_AD = _gather(xc_BD, drawn_A, first)
     y_AD = _gather(yc_BD, drawn_A, first)
 
-    def of_the_living(parameter: Tensor) -> Tensor:
-        return own(parameter)[rows_of(living_F, parameter)]
+    def mean_of_living(parameter: Tensor) -> Tensor:
+        values_A = own(parameter)[rows_of(living_F, parameter)]
+        values_A = values_A.norm(dim=1) if values_A.ndim == 2 else values_A
+        return mean_over_parts(values_A, parameter) if shard.is_whole else shard.mean(values_A)
 
-    encoder_norm = mean_over_parts(of_the_living(model.W_enc).norm(dim=1), model.W_enc) * encoder_scale
-    decoder_norm: float | Tensor = 1.0
-    if not model.unit_decoder:
-        decoder_norm = mean_over_parts(of_the_living(model.W_dec).norm(dim=1), model.W_dec)
+    encoder_norm = mean_of_living(model.W_enc) * encoder_scale
+    decoder_norm = 1.0 if model.unit_decoder else mean_of_living(model.W_dec)
     set_rows_(model.W_enc, ids_A, encoder_norm * _unit(model.encoder_part(x_AD, ids_A)), optimizer)
     set_rows_(model.W_dec, ids_A, decoder_norm * _unit(model.decoder_part(y_AD, ids_A)), optimizer)
     for name, parameter in model.named_parameters():
-        if parameter.shape == (model.d_sae,):
-            value = 0.0 if name == "b_enc" else float(mean_over_parts(of_the_living(parameter), parameter))
+        if name in model.per_latent and parameter.ndim == 1:
+            value = 0.0 if name == "b_enc" else float(mean_of_living(parameter))
             set_rows_(parameter, ids_A, value, optimizer)
     return num_drawn
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsepilot.parallel.collectives import alone
+from sparsepilot.parallel.mesh import alone
 from sparsepilot.training.trainee import Trainee
 from sparsepilot.types import Batch
 

@@ -89,7 +89,7 @@ class Trainee(nn.Module):
         mean_in, mean_out = (torch.cat([s.mean_D * s.scale for s in side]) for side in (sites.reads, writes))
         autoencoder.initialise(mean_in, mean_out, scaled_variance)
         controller.bind(self._plant(lr_at))
-        self.dead = DeadLatents(autoencoder.d_sae, dead_window_samples(total_samples))
+        self.dead = DeadLatents(autoencoder.shard.num_latents, dead_window_samples(total_samples))
         for name, side in (("scale_in", sites.reads), ("scale_out", writes)):
             scale_D = torch.cat([torch.full_like(s.mean_D, s.scale) for s in side])
             self.register_buffer(name, scale_D, persistent=False)
@@ -174,8 +174,18 @@ class Trainee(nn.Module):
     @torch.no_grad()
     def reduce(self) -> None:
         """Merges this step's sums and firings over ranks: from here on every rank holds the same numbers."""
+        self.autoencoder.shard.sum_(self.sums_S[1:2])  # the rest is over all latents already
         all_reduce_sum_(self.sums_S)
         all_reduce_max_(self.dead.last_fired_F)
+
+    def num_dead(self) -> int:
+        """Dead latents of the whole dictionary; waits for the device."""
+        here = int(self.dead.dead_mask().sum())
+        return self.autoencoder.shard.total(here, self.sums_S.device)
+
+    def per_latent(self) -> set[str]:
+        """Names in the state dict of what has a row for each latent that this process holds."""
+        return {*(f"autoencoder.{name}" for name in self.autoencoder.per_latent), "dead.last_fired_F"}
 
     def measurement(self) -> Measurement:
         """This step's numbers over the global batch; waits for the device."""

@@ -13,6 +13,7 @@ from sparsepilot.metrics.fvu import FVU
 from sparsepilot.metrics.l0 import L0
 from sparsepilot.metrics.mse import MSE
 from sparsepilot.metrics.recovery import DictionaryRecovery
+from sparsepilot.parallel.mesh import data
 from sparsepilot.training.trainee import Trainee
 
 Row = dict[str, float | int | list[int]]
@@ -52,17 +53,18 @@ class Validation(nn.Module):
         cross_entropy: CrossEntropy | None = None,
     ) -> None:
         super().__init__()
-        d_sae = trainee.autoencoder.d_sae
         self._trainee = [trainee]  # in a list, so that its parameters are not registered a second time
         self.rows_per_pass = rows_per_pass
         self.l0 = L0()
         self.fvu = FVU(trainee.mean_out)
         self.loss = MSE()
         self.mse = MSE()
-        self.firing = FiringDensity(d_sae)
+        self.firing = FiringDensity(trainee.autoencoder.shard.num_latents)
         self.recovery = DictionaryRecovery(planted_TD) if planted_TD is not None else None
         self._cross_entropy = cross_entropy
         self._correction = 1.0
+        for metric in (self.l0, self.fvu, self.loss, self.mse, self.firing):
+            metric.process_group = data().handle
 
     @property
     def measures_cross_entropy(self) -> bool:
@@ -75,7 +77,8 @@ class Validation(nn.Module):
         trainee = self._trainee[0]
         x_in_BD, y_BD = trainee.scaled(x_BD)
         step = trainee.autoencoder.evaluate(x_in_BD, y_BD, trainee.controller.strength)
-        self.l0.update(step.firings_F, len(y_BD))
+        num_active_1 = trainee.autoencoder.shard.sum_(step.firings_F.sum().view(1))
+        self.l0.update(num_active_1, len(y_BD))
         self.fvu.update(y_BD, step.y_hat_BD)
         self.loss.update(y_BD, step.y_hat_BD)
         self.mse.update(y_BD / trainee.scale_out, step.y_hat_BD / trainee.scale_out)
@@ -91,14 +94,15 @@ class Validation(nn.Module):
         """
         trainee = self._trainee[0]
         density_F = self.firing.compute()
+        shard, histogram = trainee.autoencoder.shard, torch.tensor(self.firing.histogram())
         silent_F = trainee.dead.silent_mask(max(0, samples - self.rows_per_pass)) & (density_F == 0)
         row: Row = {
             "val/loss": float(self.loss.compute()) * trainee.autoencoder.d_out,
             "val/l0": float(self.l0.compute()),
             "val/fvu": float(self.fvu.compute()),
             "val/mse": float(self.mse.compute()),
-            "val/silent_latents": int(silent_F.sum()),
-            "val/firing_density_histogram": self.firing.histogram(),
+            "val/silent_latents": int(shard.sum_(silent_F.sum().view(1))),
+            "val/firing_density_histogram": shard.sum_(histogram.to(silent_F.device)).tolist(),
         }
         if self.recovery is not None:
             self.recovery.update(trainee.autoencoder.W_dec)

@@ -112,6 +112,34 @@ def test_bad_values_of_the_other_models(compose_cfg, overrides: tuple[str, ...],
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("trainer.devices=4", "trainer.strategy.features=3"),
+            "trainer.strategy.features = 3: must divide the 4 ranks; so many do: 1, 2, 4",
+        ),
+        (("trainer.strategy.features=0",), "trainer.strategy.features = 0: should be greater than 0"),
+        (("model.d_sae=513",), "model.d_sae = 513: must be a multiple of 2, the ranks that share the latents"),
+        (("optimizer=muon",), "optimizer=muon: needs whole matrices, whose rows lie on 2 ranks here"),
+        (("trainer.reproducible=true",), "trainer.reproducible = True: "),
+        (("compile=true",), "compile = True: "),
+        (
+            ("model.sites={read:[a,b],write:[c,d],cross_layer:true}",),
+            "model.sites.cross_layer = True: its latents cannot be dealt out to 2 ranks; use trainer=ddp or fsdp",
+        ),
+        (("trainer.devices=6", "trainer.strategy.features=2"), "3 ranks cannot share data.num_streams = 64 equally"),
+    ],
+)
+def test_what_latents_on_several_ranks_cannot_do(compose_cfg, overrides: tuple[str, ...], message: str) -> None:
+    base = ("data=synthetic", "trainer=feature_parallel_cpu")
+    check(compose_cfg(*base, "trainer.devices=3", "model.d_sae=513"))  # the streams are not dealt out
+    with pytest.raises(ConfigError) as error:
+        check(compose_cfg(*base, *overrides))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_a_ramp_that_ends_before_it_begins(compose_cfg) -> None:
     from sparsepilot.config.instantiate import instantiate
 

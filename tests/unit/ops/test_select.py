@@ -14,6 +14,7 @@ from torch import Tensor
 from sparsepilot.ops import product as product_module
 from sparsepilot.ops.product import EncoderProduct, Workspace
 from sparsepilot.ops.select import density_above, select_above, select_batch_topk, select_topk
+from sparsepilot.parallel.mesh import Group
 
 
 class Case(NamedTuple):
@@ -224,13 +225,13 @@ class _Ranks:
         self.barrier.wait()
         return parts
 
-    def sum_(self, values: Tensor) -> Tensor:
+    def sum_(self, values: Tensor, group: object = None) -> Tensor:
         return values.copy_(torch.stack(self._all(values)).sum(0))
 
-    def max_(self, values: Tensor) -> Tensor:
+    def max_(self, values: Tensor, group: object = None) -> Tensor:
         return values.copy_(torch.stack(self._all(values)).amax(0))
 
-    def gather(self, values: Tensor) -> Tensor:
+    def gather(self, values: Tensor, group: object = None) -> Tensor:
         return torch.cat(self._all(values))
 
 
@@ -239,7 +240,7 @@ def test_the_largest_of_a_batch_over_two_ranks_whose_rows_differ(monkeypatch, pe
     from sparsepilot.ops import select
 
     ranks = _Ranks()
-    for name, fake in [("num_ranks", lambda: 2), ("all_reduce_sum_", ranks.sum_), ("all_reduce_max_", ranks.max_),
+    for name, fake in [("everyone", lambda: Group(2)), ("all_reduce_sum_", ranks.sum_), ("all_reduce_max_", ranks.max_),
                        ("all_gather_concat", ranks.gather)]:  # fmt: skip
         monkeypatch.setattr(select, name, fake)
     case = trained_like(num_rows=256)
