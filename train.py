@@ -3,13 +3,13 @@
 import hydra
 from omegaconf import DictConfig
 
-from sparsepilot.config.cli import run, user_errors
+from sparsepilot.config.cli import one_run, run
 from sparsepilot.launch import start_ranks
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
-    with user_errors():
+    with one_run(cfg):
         if not start_ranks(cfg, __file__):
             from sparsepilot.run import train  # after the configuration composed: a typo need not wait for torch
 

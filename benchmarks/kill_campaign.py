@@ -3,6 +3,7 @@
     nice -n 10 python benchmarks/kill_campaign.py                 # 100 kills, seed 0, about 15 minutes on 2 cores
     python benchmarks/kill_campaign.py --kills 10 --seed 1
     python benchmarks/kill_campaign.py --plant-bug last-fired     # must fail: exit status 1
+    python benchmarks/kill_campaign.py --ranks 2 --trainer ddp_gloo    # two processes, of which one or all are killed
 
 Each cell is a run folder that collects up to five kills, each of a real `train.py` process by its own SIGKILL at a
 fault point (src/sparsepilot/faults.py and benchmarks/killing/targets.py), and is then finished. Half of the cells train
@@ -13,6 +14,7 @@ sae.json.
 
 At the end every bug of benchmarks/killing/planted_bug.py (a number left out of the saved state) is planted in a cell of
 its own, and must be found. `--out` keeps one JSON file a cell; started again, the campaign does the missing cells.
+With --ranks each cell trains as so many processes, one thread each, started as torchrun would start them.
 Exit status: 0 all equal, 1 a difference or a kill that did not happen as planned.
 """
 
@@ -34,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `killing`, from 
 
 from killing.plan import POINTS, Cell, plan
 from killing.planted_bug import BUGS
-from killing.runs import BATCH, REPOSITORY, RunUnderTest
+from killing.ranks import Ranks
+from killing.runs import BATCH, REPOSITORY, Launch, RunUnderTest, launch
 
 Result = dict[str, Any]
 MEMORY_DISK = Path("/dev/shm")
@@ -43,10 +46,11 @@ VARIANTS = (1, 2)
 """micro-batches per step, and threads of torch"""
 
 
-def make_references(out: Path) -> None:
+def make_references(out: Path, launcher: Launch) -> None:
     """The cache and one unbroken run of each variant."""
     for accumulate in VARIANTS:
-        run = RunUnderTest(_reference(out, accumulate), out / "cache", accumulate, threads=accumulate)
+        threads, folder = _threads(launcher, accumulate), _reference(out, accumulate)
+        run = RunUnderTest(folder, out / "cache", accumulate, launcher=launcher, threads=threads)
         if not (run.folder / "summary.json").exists():
             shutil.rmtree(run.folder, ignore_errors=True)
             ended = run.start()
@@ -54,7 +58,7 @@ def make_references(out: Path) -> None:
                 raise SystemExit(f"the unbroken run ended with {ended.code}:\n{ended.out}")
 
 
-def run_cell(out: Path, cell: Cell) -> Result:
+def run_cell(out: Path, cell: Cell, launcher: Launch) -> Result:
     """Does a cell, or reads its result where it was done before."""
     file = out / "cells" / f"{cell.name}.json"
     planned = json.loads(json.dumps(asdict(cell)))
@@ -63,7 +67,7 @@ def run_cell(out: Path, cell: Cell) -> Result:
     folder = out / "runs" / cell.name
     shutil.rmtree(folder, ignore_errors=True)  # a cell that an earlier campaign did not finish
     variant, reference = cell.accumulate, _reference(out, cell.accumulate)
-    run = RunUnderTest(folder, out / "cache", variant, reference, bug=cell.bug, threads=variant)
+    run = RunUnderTest(folder, out / "cache", variant, reference, launcher, cell.bug, _threads(launcher, variant))
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory(dir=MEMORY_DISK if cell.other_tmpdir else None) as temporary:
         environment = {"TMPDIR": temporary}
@@ -108,6 +112,8 @@ def table(results: list[Result]) -> str:
     torn = sum("metrics.jsonl" in kill["torn"] for kill, _ in kills)
     half = sum(kill["checkpoint_tmp_bytes"] > 0 for kill, _ in kills)
     lines.append(f"{len(kills)} kills: " + ", ".join(f"{number} {family}" for family, number in totals.items()))
+    if any(kill["rank"] is not None for kill, _ in kills):
+        lines.append(f"{sum(kill['died'] > 1 for kill, _ in kills)} killed all ranks, the others one of them")
     lines.append(f"{after} mid-step after the first checkpoint")
     lines.append(f"{torn} left a torn line in metrics.jsonl, {half} a checkpoint that was not renamed")
     return "\n".join(lines)
@@ -118,32 +124,38 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=None, help="100; 3 with --plant-bug")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "kill_campaign")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--trainer", default="ddp_gloo", help="of several ranks")
+    parser.add_argument("--out", type=Path, default=None, help="runs/kill_campaign; of several ranks, one of their own")
     parser.add_argument("--plant-bug", choices=sorted(BUGS), default=None)
     args = parser.parse_args()
+    if args.out is None:
+        args.out = REPOSITORY / "runs" / ("kill_campaign" + (f"-{args.trainer}-{args.ranks}" if args.ranks > 1 else ""))
     args.out.mkdir(parents=True, exist_ok=True)
+    launcher = launch if args.ranks == 1 else Ranks(args.ranks, args.trainer)
     began_s = time.monotonic()
-    make_references(args.out)
+    make_references(args.out, launcher)
     results, failed = [], False
-    for cell in plan(args.kills or (KILLS_WITH_A_BUG if args.plant_bug else 100), args.seed, args.plant_bug):
-        result = run_cell(args.out, cell)
+    num_kills = args.kills or (KILLS_WITH_A_BUG if args.plant_bug else 100)
+    for cell in plan(num_kills, args.seed, args.plant_bug, args.ranks):
+        result = run_cell(args.out, cell, launcher)
         results.append(result)
         wrong = faults_of(result)
         failed |= bool(wrong)
         verdict = f"{len(wrong)} things wrong; first: {wrong[0]}" if wrong else "equal, bit for bit"
         print(f"{cell.name}  {len(result['kills'])} kills  {result['seconds']:5.1f} s  {verdict}", flush=True)
     print("\n" + table(results))
-    missed = [] if args.plant_bug else _bugs_missed(args)
+    missed = [] if args.plant_bug else _bugs_missed(args, launcher)
     cells_s = sum(result["seconds"] for result in results)
     print(f"{cells_s:,.0f} s for these cells, {time.monotonic() - began_s:,.0f} s this time with all else")
     print("FAILED" if failed or missed else "PASSED: every folder equals the unbroken run")
     return int(failed or bool(missed))
 
 
-def _bugs_missed(args: argparse.Namespace) -> list[str]:
+def _bugs_missed(args: argparse.Namespace, launcher: Launch) -> list[str]:
     missed = []
     for bug in BUGS:
-        cells = [run_cell(args.out, cell) for cell in plan(KILLS_WITH_A_BUG, args.seed, bug)]
+        cells = [run_cell(args.out, cell, launcher) for cell in plan(KILLS_WITH_A_BUG, args.seed, bug, args.ranks)]
         problems = [p for c in cells for kill in c["kills"] for p in kill["problems"]] + cells[0]["end"]["problems"]
         differences = [line for cell in cells for line in cell["end"]["differences"]]
         if problems or not differences:  # it must be found by comparing, not because the run broke
@@ -151,6 +163,10 @@ def _bugs_missed(args: argparse.Namespace) -> list[str]:
         found = f"found: {len(differences)} differences, such as {differences[0]}" if differences else "NOT FOUND"
         print(f"planted bug {bug!r}: {found}" + (f"; but {problems[0]}" if problems else ""), flush=True)
     return missed
+
+
+def _threads(launcher: Launch, accumulate: int) -> int:
+    return 1 if isinstance(launcher, Ranks) else accumulate
 
 
 def _reference(out: Path, accumulate: int) -> Path:

@@ -2,6 +2,7 @@
 
 python scripts/report.py run_dir=runs/mine                      # into runs/mine/report/
 python scripts/report.py 'run_dir=[runs/a,runs/b]' [out=...]     # one colour per run; 'run_dir=runs/sweep/*', too
+python scripts/report.py sweep_dir=runs/sweeps/seeds-...         # a table of a sweep's members (also CSV), frontier
 python scripts/report.py schedule=reference [samples=...] [out=...]   # a learning rate that nobody has run
 """
 
@@ -12,20 +13,29 @@ import sys
 from pathlib import Path
 
 from sparsepilot.config.cli import arguments, run_paths, user_errors
+from sparsepilot.errors import ConfigError
 from sparsepilot.run_folder import RunFolder
+from sparsepilot.sweep_folder import SweepFolder
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 COMPARISON, SCHEDULES = Path("runs/reports/comparison"), Path("runs/reports")
 
 
 def main() -> None:
-    """Reads run_dir=... or schedule=... from the command line."""
+    """Reads run_dir=..., sweep_dir=... or schedule=... from the command line."""
     if any(argument.startswith("schedule=") for argument in sys.argv[1:]):
         print(draw_schedule(sys.argv[1:]))
         return
     from sparsepilot.reporting.report import write_report
+    from sparsepilot.reporting.sweep import write_sweep_report
 
-    cfg = arguments(sys.argv[1:], {"run_dir": "???", "out": None})
+    cfg = arguments(sys.argv[1:], {"run_dir": None, "sweep_dir": None, "out": None})
+    if cfg["run_dir"] is None and cfg["sweep_dir"] is None:
+        raise ConfigError("run_dir: missing; set run_dir=..., or sweep_dir=... of a sweep")
+    if cfg["sweep_dir"] is not None or SweepFolder(str(cfg["run_dir"])).exists():
+        sweep = SweepFolder(cfg["sweep_dir"] or cfg["run_dir"])
+        print(write_sweep_report(sweep, Path(cfg["out"] or sweep.report)))
+        return
     folders = [RunFolder(path) for path in run_paths(cfg["run_dir"])]
     print(write_report(folders, Path(cfg["out"] or (folders[0].report if len(folders) == 1 else COMPARISON))))
 

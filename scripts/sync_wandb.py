@@ -24,6 +24,8 @@ def main() -> None:
     folder = RunFolder(cfg["run_dir"])
     if not folder.exists():
         raise ConfigError(f"run_dir = {cfg['run_dir']}: there is no run here (no config.yaml)")
+    if not folder.identity.exists():
+        raise ConfigError(f"run_dir = {folder.path}: is one of several trainees; give the run, {folder.path.parent}")
     saved = (OmegaConf.to_container(OmegaConf.load(folder.config)) or {}).get("logger") or {}
     settings = {**DEFAULTS, **(saved.get("wandb") or {})}
     report_or_say(folder, print)  # of all the rows that go there now

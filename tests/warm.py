@@ -42,18 +42,10 @@ class Warm:
         world: int,
         arguments: list[str],
         environment: Mapping[str, str],
-        of_rank: Mapping[int, Mapping[str, str]] | None = None,
         file_bytes: Mapping[int, int] | None = None,
     ) -> list[Ended]:
-        """So many ranks of one run, as torchrun would start them, until all have ended.
-
-        Args:
-            world: how many.
-            arguments: of each.
-            environment: of each.
-            of_rank: what is added to the environment of one of them.
-            file_bytes: no file of this rank may grow past so many bytes.
-        """
+        """So many ranks of one run, as torchrun would start them, until all have ended; no file of one that is named in
+        `file_bytes` may grow past that."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -61,7 +53,7 @@ class Warm:
         outs = [self._folder / f"out-{rank}.txt" for rank in range(world)]
         pids = []
         for rank, out in enumerate(outs):
-            env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **(of_rank or {}).get(rank, {})}
+            env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             pids.append(self._start(arguments, env, out, (file_bytes or {}).get(rank)))
         return [self._end(pid, out) for pid, out in zip(pids, outs, strict=True)]
 

@@ -14,16 +14,20 @@ import torch
 
 from sparsepilot.callbacks.checkpoint_io import CrashSafeIO, is_whole, list_checkpoints
 
-FILES = ("metrics.jsonl", "sae.safetensors", "sae.json")
+FILES = ("metrics.jsonl", "**/sae.safetensors", "**/sae.json")
+"""Of several trainees each has a dictionary in its own folder."""
 
 
 def run_differences(reference: Path, other: Path) -> list[str]:
     """What differs, one line each; an empty list where the runs are equal.
 
     Compared are the whole last checkpoint (weights, optimizer, buffers, extra state, positions) and the bytes of
-    metrics.jsonl, sae.safetensors and sae.json. Left out is what may differ: wall-clock times, the run's id.
+    metrics.jsonl and of each sae.safetensors and sae.json. Left out is what may differ: wall-clock times, the run's id.
     """
-    found = [line for name in FILES for line in _file_differences(name, reference / name, other / name)]
+    there = {path.relative_to(folder) for folder in (reference, other) for name in FILES for path in folder.glob(name)}
+    found = [line for name in sorted(there) for line in _file_differences(str(name), reference / name, other / name)]
+    if not any(name.name == "sae.json" for name in there):
+        found.append("sae.json: is in neither")
     ours, theirs = (list_checkpoints(folder / "checkpoints") for folder in (reference, other))
     if not ours or not theirs or ours[0][0] != theirs[0][0]:
         return [*found, f"last checkpoint: {ours[:1]} and {theirs[:1]}"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from killing.runs import SAVE_STEPS, Kill
 
@@ -23,6 +23,8 @@ POINTS = {
 SHARES = {"checkpoint": 14, "metrics": 10, "timing": 1, "resume": 11, "early": 2, "end": 2}
 """Of 100 kills; the rest are mid-step, after the first checkpoint."""
 LAST_STEP, LAST_STEP_OF_A_SAVE = 118, 90
+ON_EVERY_RANK = ("step-start", "mid-step", "mid-step-controller", "resume-claimed", "resume-loaded", "resume-state")
+"""Points that all ranks pass; the others are in what rank 0 alone does."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,10 @@ class Cell:
     bug: str | None = None
 
 
-def plan(num_kills: int, seed: int, bug: str | None = None) -> list[Cell]:
+def plan(num_kills: int, seed: int, bug: str | None = None, world: int = 1) -> list[Cell]:
     """The cells of a campaign; the same for the same arguments.
+
+    With several ranks (`world`) a kill hits one of them or, at a place that all of them pass, perhaps all.
 
     Every cell begins with a kill after its first checkpoint (or with an early one, before it, and then such a kill), so
     that every kill during a resume has a checkpoint to resume from.
@@ -62,7 +66,14 @@ def plan(num_kills: int, seed: int, bug: str | None = None) -> list[Cell]:
         accumulate = 1 + i % 2
         kills = _kills([*families, *ending], accumulate, turns, rng)
         cells.append(Cell(f"{bug or 'cell'}-{i:02d}", accumulate, i % 3 == 2, kills, bug))
-    return cells
+    return cells if world == 1 else _with_victims(cells, world, random.Random(f"{seed} {num_kills} {world}"))
+
+
+def _with_victims(cells: list[Cell], world: int, rng: random.Random) -> list[Cell]:
+    def victim(kill: Kill) -> int | None:
+        return rng.choice([None, *range(world)]) if kill.point in ON_EVERY_RANK else 0
+
+    return [replace(cell, kills=tuple(replace(kill, rank=victim(kill)) for kill in cell.kills)) for cell in cells]
 
 
 def _kills(

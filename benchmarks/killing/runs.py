@@ -36,6 +36,13 @@ BASE = (
     f"callbacks.validate_every_samples={BATCH * VALIDATE_STEPS}",
 )
 
+SEVERAL = (
+    "+trainees.wide.model.d_sae=768",
+    *("+model@trainees.jump.model=jumprelu", "trainees.jump.model.d_sae=256"),
+    *("+controller@trainees.jump.controller=l0_target", "trainees.jump.controller.target_l0=6"),
+)
+"""Two dictionaries in the place of one."""
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -51,13 +58,17 @@ Launch = Callable[[list[str], Mapping[str, str]], Ended]
 """(arguments after `python`, environment to add) -> how it ended"""
 
 
-def launch(arguments: list[str], environment: Mapping[str, str]) -> Ended:
-    """A process of its own, in the repository's root."""
+def environment_of(added: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process under test."""
     path = os.pathsep.join(str(REPOSITORY / name) for name in ("benchmarks", "src"))
     # two threads that spin at a barrier while others want the cores made a cell take 360 s instead of 30
     quiet = {"OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1", "COLUMNS": "500"}
-    env = {**os.environ, **quiet, "PYTHONPATH": path, **environment}
-    command, pipe = [sys.executable, *arguments], subprocess.PIPE
+    return {**os.environ, **quiet, "PYTHONPATH": path, **added}
+
+
+def launch(arguments: list[str], environment: Mapping[str, str]) -> Ended:
+    """A process of its own, in the repository's root."""
+    command, pipe, env = [sys.executable, *arguments], subprocess.PIPE, environment_of(environment)
     done = subprocess.run(command, cwd=REPOSITORY, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
     return Ended(done.returncode, done.stdout)
 
@@ -72,6 +83,8 @@ class Kill:
     """the optimizer step that it is aimed at; 0 where the point decides (during a resume, at the end)"""
     draw: float
     """in [0, 1): which of several writes"""
+    rank: int | None = None
+    """of several, the one that dies; None: all of them"""
 
 
 class RunUnderTest:
@@ -85,7 +98,7 @@ class RunUnderTest:
         launcher: how a process is started.
         bug: a name in planted_bug.BUGS, or none.
         threads: of torch.
-        rank: of several, the one that is killed within a write.
+        options: after those of the small run.
     """
 
     def __init__(
@@ -97,12 +110,12 @@ class RunUnderTest:
         launcher: Launch = launch,
         bug: str | None = None,
         threads: int = 1,
-        rank: int = 0,
+        options: tuple[str, ...] = (),
     ) -> None:
         self.folder, self.accumulate, self.reference, self.bug = folder, accumulate, reference, bug
-        self._launch, self.rank = launcher, rank
+        self._launch = launcher
         own = (f"data.path={cache}", f"run_dir={folder}", f"accumulate={accumulate}", f"threads={threads}")
-        self._options = (*BASE, *own)
+        self._options = (*BASE, *own, *options)
 
     def start(self, environment: Mapping[str, str] | None = None, more: tuple[str, ...] = ()) -> Ended:
         """Starts train.py, or goes on with it, until it ends one way or another."""
@@ -122,16 +135,19 @@ class RunUnderTest:
         begin = self.resumes_at
         occurrence = self._occurrence(kill, begin)
         log.unlink(missing_ok=True)
-        armed = {"SPARSEPILOT_FAULT": f"{kill.point}:{occurrence}", "SPARSEPILOT_FAULT_LOG": str(log)}
+        fault = f"{kill.point}:{occurrence}" + ("" if kill.rank is None else f"@{kill.rank}")
+        armed = {"SPARSEPILOT_FAULT": fault, "SPARSEPILOT_FAULT_LOG": str(log)}
         ended, problems = self._watched_start(begin, {**(environment or {}), **armed})
         fired = log.read_text(encoding="utf-8").split() if log.exists() else []
-        if ended.code != -signal.SIGKILL or fired != [kill.point]:
+        if ended.code != -signal.SIGKILL or set(fired) != {kill.point}:
             problems.append(f"{armed['SPARSEPILOT_FAULT']}: exit {ended.code}, fired {fired}: {ended.out[-500:]}")
         scene = self._scene()
         return {
             "family": kill.family,
             "point": kill.point,
             "occurrence": occurrence,
+            "rank": kill.rank,
+            "died": len(fired),
             "resumed_at_step": begin,
             "had_checkpoint": self.resumes_at > 0,
             **scene,
@@ -180,16 +196,16 @@ class RunUnderTest:
             saves = math.ceil((step - begin) / SAVE_STEPS)
             if kill.point != "checkpoint-write":
                 return saves
-            writes = self._writes_per_checkpoint()
+            writes = self._writes_per_checkpoint(kill.rank or 0)
             return (saves - 1) * writes + 1 + int(kill.draw * writes)
         return 1 + int(kill.draw * 2) if kill.point == "resume-cut" else 1  # metrics.jsonl or timing.jsonl
 
-    def _writes_per_checkpoint(self) -> int:
+    def _writes_per_checkpoint(self, rank: int) -> int:
         assert self.reference is not None
         newest = list_checkpoints(self.reference / "checkpoints")[0][1]
         files = [newest]
         if newest.is_dir():
-            files = [newest / f"rank-{self.rank:05d}.ckpt", *([newest / "index.ckpt"] if self.rank == 0 else [])]
+            files = [newest / f"rank-{rank:05d}.ckpt", *([newest / "index.ckpt"] if rank == 0 else [])]
         counter = _Counter()
         for file in files:
             torch.save(torch.load(file, weights_only=True), counter)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 from sparsepilot import faults, schedules
@@ -43,10 +44,16 @@ class SteppedK(Controller):
 def cosine(samples: int, total_samples: int, lr: float, warmup_samples: int = 0) -> float:
     """`schedules.cosine`; asked once per optimizer step, after all its micro-batches but the last.
 
-    `KILLING_SIGNAL=SIGTERM:20480` sends this process a signal in the step that begins at so many samples.
+    `KILLING_SIGNAL=SIGTERM:20480` sends this process a signal in the step that begins at so many samples
+    (`...@1`: only where it is rank 1);
+    `KILLING_SLOW=0.2:<path>` takes so many seconds longer for every step as long as there is a file at the path.
     """
     faults.point("step-start")
-    name, _, at_samples = os.environ.get("KILLING_SIGNAL", "").partition(":")
-    if name and samples == int(at_samples):
+    slow_s, _, file = os.environ.get("KILLING_SLOW", "").partition(":")
+    if slow_s and os.path.exists(file):
+        time.sleep(float(slow_s))
+    wanted, _, rank = os.environ.get("KILLING_SIGNAL", "").partition("@")
+    name, _, at_samples = wanted.partition(":")
+    if name and samples == int(at_samples) and rank in ("", os.environ.get("RANK")):
         os.kill(os.getpid(), signal.Signals[name])
     return schedules.cosine(samples, total_samples, lr, warmup_samples)

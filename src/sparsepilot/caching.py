@@ -37,11 +37,15 @@ def array_rank(rank: int | None, world: int | None, environment: Mapping[str, st
 
     >>> array_rank(None, None, {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "4"})
     (2, 4)
+    >>> array_rank(None, None, {"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_STEP": "2",
+    ...     "SLURM_ARRAY_TASK_COUNT": "3"})
+    (2, 3)
     >>> array_rank(None, None, {})
     (0, 1)
     """
     if rank is None:
-        rank = int(environment.get("SLURM_ARRAY_TASK_ID", 0)) - int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
+        first, step = (int(environment.get(f"SLURM_ARRAY_TASK_{name}", d)) for name, d in (("MIN", 0), ("STEP", 1)))
+        rank = (int(environment.get("SLURM_ARRAY_TASK_ID", 0)) - first) // step
     if world is None:
         world = int(environment.get("SLURM_ARRAY_TASK_COUNT", 1))
     if not 0 <= rank < world:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import socket
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import IO, Any, cast
 
 from omegaconf import OmegaConf
 
-from sparsepilot import faults
+from sparsepilot import faults, slurm
 from sparsepilot.callbacks.checkpoint_io import list_checkpoints, newest_whole
 from sparsepilot.config.resume import Change, allowed_changes
 from sparsepilot.errors import CheckpointError, ConfigError
@@ -77,6 +79,8 @@ def claim(run_dir: str, resume: str, config: dict[str, Any]) -> Claim:
         while (fresh := RunFolder(f"{run_dir}-{number}")).exists():
             number += 1
         return Claim(fresh, notes=[f"{folder.path} holds a run; starting a fresh one in {fresh.path}"])
+    if not folder.identity.exists():
+        raise ConfigError(f"run_dir = {folder.path}: is one of several trainees of another run; set another run_dir")
     was = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder.config)))
     found = Claim(folder, changes=allowed_changes(was, config))
     found.lock()
@@ -106,17 +110,20 @@ def claim_together(run_dir: str, resume: str, config: dict[str, Any]) -> Claim:
     return own[0] if own else told
 
 
-def record_start(folder: RunFolder, config: dict[str, Any], cache_fingerprint: str) -> None:
-    """Writes config.yaml (keeping the one before, where it changed) and run.json."""
+def record_start(folder: RunFolder, config: dict[str, Any], cache_fingerprint: str, samples: int) -> None:
+    """Writes config.yaml (keeping the one before, where it changed) and run.json, to which each start is added."""
     text = OmegaConf.to_yaml(OmegaConf.create(config))
-    if not folder.identity.exists():
+    if folder.identity.exists():
+        identity = json.loads(folder.identity.read_text(encoding="utf-8"))
+    else:
         identity = {
             "id": os.urandom(4).hex(),
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "cache_fingerprint": cache_fingerprint,
             "environment": environment(),
         }
-        write_json(folder.identity, identity)
+    start = {"time": time.time(), "samples": samples, "host": socket.gethostname(), "slurm_job": slurm.job()}
+    write_json(folder.identity, {**identity, "starts": [*identity.get("starts", []), start]})
     if folder.exists():
         before = folder.config.read_text(encoding="utf-8")
         if before == text:
@@ -125,3 +132,12 @@ def record_start(folder: RunFolder, config: dict[str, Any], cache_fingerprint: s
     with replacing(folder.config) as file:
         file.write(text)
         faults.point("config-write")
+
+
+def record_trainees(folder: RunFolder, configs: dict[str, dict[str, Any]]) -> None:
+    """Gives each of several trainees a folder with the configuration of the run that would train it alone."""
+    for name, config in configs.items():
+        own = folder.of_trainee(name)
+        own.path.mkdir(exist_ok=True)
+        with replacing(own.config) as file:
+            file.write(OmegaConf.to_yaml(OmegaConf.create(config)))

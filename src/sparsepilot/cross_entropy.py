@@ -10,8 +10,8 @@ import torch
 from pydantic import PositiveInt
 
 from sparsepilot.analysis.source import check_model, check_rows, check_source, held_out_contexts
-from sparsepilot.data.cache import Cache
-from sparsepilot.data.datamodule import ActivationData
+from sparsepilot.data.datamodule import RunData
+from sparsepilot.data.source import TextRows
 from sparsepilot.errors import ConfigError
 from sparsepilot.lm.load import load
 from sparsepilot.lm.seam import Seam
@@ -27,9 +27,10 @@ def spliced(
     dtype: Literal["auto", "float32", "bfloat16"] | None = None,
     kl: bool = True,
     *,
-    data: ActivationData,
+    data: RunData,
     sites: Sites,
     lm: Mapping[str, Any],
+    shared: dict[tuple[str, str], SplicedCrossEntropy] | None = None,
 ) -> SplicedCrossEntropy:
     """The measurement for a dictionary, on the validation rows of the cache that it is trained on.
 
@@ -47,22 +48,30 @@ def spliced(
         data: of the run.
         sites: what the dictionary reads and writes.
         lm: fields of `lm.load.load`.
+        shared: those of the run's other trainees, by site read and site written, to which this one is added: all share
+            the language model, and where the sites are the same the measurement, which keeps nothing of a dictionary.
 
     Raises:
         ConfigError: for sites or sizes that do not fit, or another language model than the cache was made with.
         DataError: for a language model that cannot be loaded, lacks a site, or gives other activations.
     """
     read, write = _one_of_each(sites)
+    shared = {} if shared is None else shared
+    if (read.name, write.name) in shared:
+        return shared[read.name, write.name]
     cache = data.cache
-    if not isinstance(cache, Cache):
+    if not isinstance(cache, TextRows):
         raise ConfigError(
             "cross_entropy: data.path names several caches, each made by its own language model; set cross_entropy=none"
         )
     check_source(cache, lm, "cross_entropy", "set cross_entropy=none")
-    # weights that are about to be overwritten are drawn first: training's own draws must not see it
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        model = load(**{**lm, "dtype": lm.get("dtype", "auto") if dtype is None else dtype})
-    check_model(cache, model)
+    if shared:
+        model = next(iter(shared.values())).seam.lm
+    else:
+        # weights that are about to be overwritten are drawn first: training's own draws must not see it
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            model = load(**{**lm, "dtype": lm.get("dtype", "auto") if dtype is None else dtype})
+        check_model(cache, model)
     contexts = held_out_contexts(cache, model, "cross_entropy")
     measurement = SplicedCrossEntropy(
         Seam(model, read.name, write.name),
@@ -79,6 +88,7 @@ def spliced(
             f"cross_entropy: {model.id} cannot be started at {write.name}, so each measurement runs the whole model",
             stacklevel=1,
         )
+    shared[read.name, write.name] = measurement
     return measurement
 
 

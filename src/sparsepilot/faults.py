@@ -1,9 +1,9 @@
 """Named places where a test may kill the process, so that crash safety is tested at the exact instant that matters.
 
 `SPARSEPILOT_FAULT="checkpoint-write:3"` sends SIGKILL to this process the third time it passes
-`point("checkpoint-write")`; `checkpoint-write:3@1` only where it is rank 1 of several. Unset, a point is one
-dictionary look-up. `SPARSEPILOT_FAULT_LOG=<file>` appends the name of the point that fired, so that a campaign can tell
-where its kills fell.
+`point("checkpoint-write")`; `checkpoint-write:3@1` only where it is rank 1 of several, or task 1 of a Slurm array.
+Unset, a point is one dictionary look-up. `SPARSEPILOT_FAULT_LOG=<file>` appends the name of the point that fired, so
+that a campaign can tell where its kills fell.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def _armed(name: str) -> int | None:
         return None
     wanted, _, rank = wanted.partition("@")
     target, _, nth = wanted.partition(":")
-    return int(nth or 1) if target == name and rank in ("", os.environ.get("RANK")) else None
+    mine = os.environ.get("RANK") or os.environ.get("SLURM_ARRAY_TASK_ID")
+    return int(nth or 1) if target == name and rank in ("", mine) else None
 
 
 def point(name: str) -> None:

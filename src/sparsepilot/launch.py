@@ -19,17 +19,17 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from sparsepilot import slurm
 from sparsepilot.errors import RankError
 from sparsepilot.ranks import num_devices, ranks_here
+from sparsepilot.sweep_folder import Place, place_here, told_place
 
 LAUNCHED = "SPARSEPILOT_LAUNCHED"
 """In the environment of a rank that reads its configuration from stdin."""
 GRACE_S = 10.0
 """From one rank's bad end to the end of the others: time to say what they have to say."""
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Handed(NamedTuple):
@@ -38,6 +38,8 @@ class Handed(NamedTuple):
     config: dict[str, Any]
     overrides: list[str]
     """the user's command line, for what is printed at the end"""
+    member: tuple[str, int] | None
+    """of a sweep: its folder and this member's number"""
 
 
 handed: Handed | None = None
@@ -64,11 +66,12 @@ def start_ranks(cfg: DictConfig, script: str) -> bool:
         return False
     overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    ended = _watch(_start(script, count, json.dumps({"config": config, "overrides": overrides})))
+    member = place_here()
+    ended = _watch(_start(script, count, json.dumps({"config": config, "overrides": overrides, "member": member})))
     if ended.said is not None:
         print(f"error: {ended.said}", file=sys.stderr)
     if ended.code != 0 or ended.stopped:
-        if not ended.stopped and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        if not ended.stopped and member is not None:
             raise RankError(f"{cfg.run_dir}: {ended.said or f'ended with status {ended.code}'}")
         raise SystemExit(ended.code)
     return True
@@ -80,6 +83,8 @@ def receive() -> Handed | None:
     if LAUNCHED not in os.environ:
         return None
     handed = Handed(**json.loads(sys.stdin.readline()))
+    if handed.member is not None:
+        told_place.append(Place(*handed.member))
     threading.Thread(target=_leave_with_parent, name="sparsepilot-parent", daemon=True).start()
     return handed
 
@@ -144,7 +149,7 @@ def _watch(processes: Sequence[subprocess.Popen[str]]) -> Ended:
         for process in processes:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    before = {number: signal.signal(number, forward) for number in slurm.stop_signals()}
     bad: dict[int, int] = {}
     """exit status of the ranks that ended badly by themselves"""
     give_up_s = float("inf")
@@ -170,6 +175,9 @@ def _watch(processes: Sequence[subprocess.Popen[str]]) -> Ended:
     rank, code = next(((r, code) for r, code in bad.items() if code < 0), next(iter(bad.items())))
     if code > 0:
         return Ended(code, None, bool(asked))
+    if -code in asked and slurm.belongs_back(-code):  # it came before they were able to listen
+        slurm.requeue()
+        return Ended(0, None, True)
     name = signal.Signals(-code).name
     said = f"rank {rank} was ended by {name}; the same line again goes on from the last checkpoint"
     return Ended(128 - code, None if -code in asked else said, bool(asked))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +24,19 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             yield json.loads(line)
+
+
+def rows_of_trainee(rows: Iterable[RowMapping], name: str, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The rows that one of several trainees would have alone: its own keys without its name, and what all share; rows
+    that say nothing of it are left out.
+
+    >>> list(rows_of_trainee([{"step": 1, "a/l0": 5, "b/l0": 6}, {"step": 2, "b/l0": 7}], "a", ["a", "b"]))
+    [{'step': 1, 'l0': 5}]
+    """
+    others = tuple(f"{other}/" for other in names if other != name)
+    for row in rows:
+        if any(key.startswith(f"{name}/") for key in row):
+            yield {key.removeprefix(f"{name}/"): v for key, v in row.items() if not key.startswith(others)}
 
 
 class RowFile:

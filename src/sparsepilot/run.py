@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import resource
@@ -9,6 +10,7 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +22,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from torch import Tensor
 
 from sparsepilot import faults, launch
 from sparsepilot.autoencoders.base import Autoencoder
@@ -31,12 +34,15 @@ from sparsepilot.callbacks.progress import ProgressLine
 from sparsepilot.callbacks.run_log import RunLog
 from sparsepilot.callbacks.stop import StopAtStep, leave_signals_alone
 from sparsepilot.callbacks.validate import ValidateEvery
-from sparsepilot.claim import Claim, claim_together, record_start
-from sparsepilot.config.check import check
+from sparsepilot.claim import Claim, claim_together, record_start, record_trainees
+from sparsepilot.config.check import LIVE, check
 from sparsepilot.config.instantiate import instantiate
 from sparsepilot.config.resume import differences
+from sparsepilot.config.signature import takes
+from sparsepilot.config.trainees import each_alone, naming
 from sparsepilot.controllers.base import Controller
-from sparsepilot.data.datamodule import ActivationData
+from sparsepilot.data.datamodule import RunData
+from sparsepilot.data.files import one_at_a_time
 from sparsepilot.errors import ConfigError, RankError
 from sparsepilot.interop import dictionary
 from sparsepilot.interop.fold import fold
@@ -50,10 +56,10 @@ from sparsepilot.reporting.environment import environment
 from sparsepilot.reporting.report import report_or_say
 from sparsepilot.reporting.summary import print_end, print_sizes
 from sparsepilot.reporting.wandb import WandbCopy
-from sparsepilot.rows import read_rows
+from sparsepilot.rows import read_rows, rows_of_trainee
 from sparsepilot.run_folder import RunFolder, write_json
 from sparsepilot.starting import Origin, begin_from, load_origin
-from sparsepilot.training.module import TrainingModule
+from sparsepilot.training.module import Schedule, TrainingModule
 from sparsepilot.training.trainee import Sites, Trainee
 from sparsepilot.training.validation import CrossEntropy, Validation
 from sparsepilot.wiring import STARTING, WIRING, wire
@@ -84,21 +90,28 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
     faults.point("resume-claimed")
     try:
         # before a cache is built; a run that goes on has weights of its own
-        origin = load_origin(cfg.model.get("init_from")) if claimed.checkpoint is None else None
+        origins = load_origins(cfg) if claimed.checkpoint is None else {}
         data = build_data(cfg, console)
         data.start_sample = claimed.samples
         module = build_module(cfg, data)
-        _begin_from(origin, module, console)
+        _begin_from(origins, module, cfg, console)
         _say_stretched_schedule(cfg, claimed, console)
         wanted = plain(cfg)["logger"].get("wandb") if claimed.writes else None
         wandb = WandbCopy(folder, wanted, lambda text: console.print(text, highlight=False))
-        log = RunLog(folder, claimed.samples, lambda: _waited_s(trainer), wandb.after_checkpoint)
+        several = list(cfg.trainees or ())
+        log = RunLog(folder, claimed.samples, lambda: _waited_s(trainer), wandb.after_checkpoint, several)
         trainer = build_trainer(cfg, folder, log, console, claimed.samples)
         agreement.meet()
-        claimed.lock()  # only now: a fresh folder is made when nothing can be wrong with the input any more
-        if claimed.writes:
-            record_start(folder, plain(cfg), data.cache.fingerprint)
+
+        def begin() -> None:
+            claimed.lock()  # only now: a fresh folder is made when nothing can be wrong with the input any more
+            record_start(folder, plain(cfg), data.cache.fingerprint, claimed.samples)
+            if cfg.trainees:
+                record_trainees(folder, {name: plain(alone) for name, alone in each_alone(cfg).items()})
+            data.record()
             wandb.begin()
+
+        agreement.from_first(begin)
         try:
             try:
                 trainer.fit(module, datamodule=data, ckpt_path=claimed.checkpoint, weights_only=True)
@@ -113,24 +126,22 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
         wandb.finish()
     except Exception as error:
         if agreement.lost_a_rank(error):
-            raise RankError(
-                "another rank of this run is gone; started again, it goes on from the last checkpoint"
-            ) from error
+            raise RankError(agreement.GONE) from error
         raise
     finally:
         claimed.release()
     agreement.leave()
     if summary:
-        print_end(console, folder, summary, cfg.model.d_sae, _command())
+        print_end(console, folder, summary, _widths(module), _command())
     return summary
 
 
 def check_run(cfg: DictConfig, console: Console) -> dict[str, str]:
     """`check=true`: builds everything, runs one batch, prints what a run will take, leaves no run folder."""
-    origin = load_origin(cfg.model.get("init_from"))
+    origins = load_origins(cfg)
     data = build_data(cfg, console)
     module = build_module(cfg, data)
-    _begin_from(origin, module, console)
+    _begin_from(origins, module, cfg, console)
     folder = RunFolder(cfg.run_dir)
     build_trainer(cfg, folder, RunLog(folder, samples=0), console, samples=0)
     sizes = measure_sizes(module, data)
@@ -174,6 +185,7 @@ def prepare_process(cfg: DictConfig) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     keep_freed_memory()
     torch.use_deterministic_algorithms(True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before Lightning does: a language model runs earlier
     # filling every fresh tensor would cost more than the sparse step; no kernel here reads memory that it did not write
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # bfloat16 products add up in fp32: the bounds of ops/product.py rely on it
@@ -211,7 +223,7 @@ def _say_stretched_schedule(cfg: DictConfig, claimed: Claim, console: Console) -
 # ---------------------------------------------------------------------------------------------------- building
 
 
-def build_data(cfg: DictConfig, console: Console) -> ActivationData:
+def build_data(cfg: DictConfig, console: Console) -> RunData:
     """The datamodule; a cache that is not there yet is built first, where the configuration says how."""
     values = plain(cfg)
     node = dict(values["data"])
@@ -219,17 +231,20 @@ def build_data(cfg: DictConfig, console: Console) -> ActivationData:
     check_recipe(values["data"], values["lm"], values["text"])
 
     def build() -> None:
-        if recipe is not None and not is_sealed(Path(node["path"])):
-            console.print(f"building the activation cache {node['path']}", highlight=False)
-            build_cache(values["data"], values["lm"], values["text"], console=console)
+        if recipe is None or is_sealed(Path(node["path"])):
+            return
+        say = functools.partial(console.print, highlight=False)
+        # the members of a sweep all want the same one
+        with one_at_a_time(Path(node["path"]), lambda: say(f"waiting for another process that builds {node['path']}")):
+            if not is_sealed(Path(node["path"])):
+                say(f"building the activation cache {node['path']}")
+                build_cache(values["data"], values["lm"], values["text"], console=console)
 
     agreement.from_first(build)
-    return cast(
-        ActivationData,
-        instantiate(
-            node, batch=cfg.batch, accumulate=cfg.accumulate, total_samples=_total(cfg), seed=cfg.seed, _convert_="all"
-        ),
-    )
+    given = {"batch": cfg.batch, "accumulate": cfg.accumulate, "total_samples": _total(cfg), "seed": cfg.seed}
+    live = {"lm": values["lm"], "text": values["text"], "folder": cfg.run_dir, "say": console.print}
+    given |= {name: live[name] for name in takes(node, *LIVE)}
+    return cast(RunData, instantiate(node, **given, _convert_="all", _recursive_=False))
 
 
 def _total(cfg: DictConfig) -> int:
@@ -241,8 +256,35 @@ def _whole_batches(samples: int, batch: int) -> int:
     return -(-samples // batch) * batch
 
 
-def build_module(cfg: DictConfig, data: ActivationData) -> TrainingModule:
-    """The LightningModule with its trainees."""
+def build_module(cfg: DictConfig, data: RunData) -> TrainingModule:
+    """The LightningModule with its trainees, each begun with the draws that it would begin with alone."""
+    trainees: dict[str, Trainee] = {}
+    validations: dict[str, Validation] = {}
+    schedules: dict[str, Schedule] = {}
+    measurements: dict[Any, Any] = {}
+    for name, alone in each_alone(cfg).items():
+        with naming(cfg, name):
+            torch.manual_seed(alone.seed)
+            schedules[name] = instantiate(alone.schedule, _convert_="all")
+            trainee = trainees[name] = build_trainee(alone, data, schedules[name])
+            cross_entropy = build_cross_entropy(alone, data, trainee.sites, measurements)
+            planted_TD = data.cache.planted_features()
+            validations[name] = Validation(trainee, data.cache.num_train_rows, planted_TD, cross_entropy)
+    return TrainingModule(
+        trainees=trainees,
+        validations=validations,
+        optimizer=instantiate(cfg.optimizer, _convert_="all"),
+        schedules=schedules,
+        batch=cfg.batch,
+        total_samples=_total(cfg),
+        clip_norm=cfg.clip_norm,
+        log_every_steps=cfg.callbacks.log_every_steps,
+        reproducible=cfg.trainer.get("reproducible", False),
+    )
+
+
+def build_trainee(cfg: DictConfig, data: RunData, schedule: Schedule) -> Trainee:
+    """A dictionary and its controller."""
     total_samples = _total(cfg)
     model = plain(cfg)["model"]
     wired = wire(data, **{name: model.pop(name) for name in WIRING if name in model})
@@ -257,40 +299,39 @@ def build_module(cfg: DictConfig, data: ActivationData) -> TrainingModule:
     if cfg.compile:
         autoencoder.compile()
     controller: Controller = instantiate(cfg.controller, _convert_="all")
-    schedule = instantiate(cfg.schedule, _convert_="all")
-    trainee = Trainee(
+    return Trainee(
         autoencoder, controller, wired.sites, total_samples, cfg.batch, cfg.seed, lambda at: schedule(at, total_samples)
     )
-    validation = Validation(
-        trainee, data.cache.num_train_rows, data.cache.planted_features(), build_cross_entropy(cfg, data, wired.sites)
-    )
-    return TrainingModule(
-        trainees={"sae": trainee},
-        validations={"sae": validation},
-        optimizer=instantiate(cfg.optimizer, _convert_="all"),
-        schedule=schedule,
-        batch=cfg.batch,
-        total_samples=total_samples,
-        clip_norm=cfg.clip_norm,
-        log_every_steps=cfg.callbacks.log_every_steps,
-        reproducible=cfg.trainer.get("reproducible", False),
-    )
 
 
-def build_cross_entropy(cfg: DictConfig, data: ActivationData, sites: Sites) -> CrossEntropy | None:
-    """The measurement of the language model with the reconstruction spliced in, where it is asked for."""
+def build_cross_entropy(cfg: DictConfig, data: RunData, sites: Sites, shared: dict[Any, Any]) -> CrossEntropy | None:
+    """The measurement of the language model with the reconstruction spliced in, where it is asked for; `shared` by
+    trainees where it can be."""
     values = plain(cfg)
     if values["cross_entropy"] is None:
         return None
     make = instantiate({**values["cross_entropy"], "_partial_": True})
-    return cast(CrossEntropy, make(data=data, sites=sites, lm=values["lm"]))
+    return cast(CrossEntropy, make(data=data, sites=sites, lm=values["lm"], shared=shared))
 
 
-def _begin_from(origin: Origin | None, module: TrainingModule, console: Console) -> None:
-    """Gives the fresh trainee the weights that `model.init_from` names, and says what is different about them."""
-    if origin is not None:
-        for note in begin_from(origin, cast(Trainee, module.trainees["sae"])):
-            console.print(f"model.init_from: {note}", highlight=False)
+def load_origins(cfg: DictConfig) -> dict[str, Origin]:
+    """What each trainee's `model.init_from` names, where it names anything."""
+    origins = {}
+    for name, alone in each_alone(cfg).items():
+        with naming(cfg, name):
+            origin = load_origin(alone.model.get("init_from"))
+        if origin is not None:
+            origins[name] = origin
+    return origins
+
+
+def _begin_from(origins: dict[str, Origin], module: TrainingModule, cfg: DictConfig, console: Console) -> None:
+    """Gives fresh trainees the weights that `model.init_from` names, and says what is different about them."""
+    for name, origin in origins.items():
+        with naming(cfg, name):
+            notes = begin_from(origin, cast(Trainee, module.trainees[name]))
+        for note in notes:
+            console.print(f"{f'trainees.{name}.' if cfg.trainees else ''}model.init_from: {note}", highlight=False)
 
 
 def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Console, samples: int) -> L.Trainer:
@@ -361,35 +402,51 @@ def build_loggers(cfg: DictConfig, samples: int) -> list[Logger]:
 # ---------------------------------------------------------------------------------------------------- after a run
 
 
-def finish(folder: RunFolder, module: TrainingModule, data: ActivationData, writes: bool) -> dict[str, Any]:
-    """Writes the trained dictionary and summary.json on the rank that `writes`; all ranks call it, with their parts."""
-    trainee = cast(Trainee, module.trainees["sae"])
-    autoencoder = trainee.autoencoder
-    gathered = {name: gather_to_first(tensor) for name, tensor in autoencoder.inference_tensors().items()}
-    tensors = {name: tensor for name, tensor in gathered.items() if tensor is not None}
+def finish(folder: RunFolder, module: TrainingModule, data: RunData, writes: bool) -> dict[str, Any]:
+    """Writes the trained dictionary and summary.json; of several trainees, each one's in its own folder, too.
+
+    All ranks call it, for their part of the parameters; one of them `writes`, and the others get an empty summary.
+    """
+    names = list(module.trainees)
+    for name, (prefix, trainee) in zip(names, module.each(), strict=True):
+        tensors = {n: gather_to_first(tensor) for n, tensor in trainee.autoencoder.inference_tensors().items()}
+        if not writes:
+            continue
+        save_dictionary(folder.of_trainee(name) if prefix else folder, trainee, tensors, module.samples, data)
+        faults.point("finish-dictionary")
+        if prefix:
+            rows = rows_of_trainee(read_rows(folder.metrics), name, names)
+            write_json(folder.of_trainee(name).summary, summarise(folder, module, rows))
     if not writes:
         return {}
-    cfg_out = {
-        **autoencoder.inference_config(trainee.controller.strength),
-        "sites": [site.name for site in trainee.sites.reads],
-        "sites_out": [site.name for site in trainee.sites.writes or trainee.sites.reads],
-        "samples": module.samples,
-        "cache_fingerprint": data.cache.fingerprint,
-        "source": data.cache.source,
-        "input_scale_in_training": [site.scale for site in trainee.sites.reads],
-    }
-    folded = fold(cfg_out, tensors, trainee.scale_in.cpu(), trainee.scale_out.cpu())
-    dictionary.save(folder.path, cfg_out, folded)
-    faults.point("finish-dictionary")
-    summary = summarise(folder, module)
+    summary = summarise(folder, module, read_rows(folder.metrics))
     write_json(folder.summary, summary)
     return summary
 
 
-def summarise(folder: RunFolder, module: TrainingModule) -> dict[str, Any]:
+def save_dictionary(
+    folder: RunFolder, trainee: Trainee, tensors: dict[str, Tensor | None], samples: int, data: RunData
+) -> None:
+    """Writes a trained dictionary, for raw activations."""
+    autoencoder = trainee.autoencoder
+    cfg_out = {
+        **autoencoder.inference_config(trainee.controller.strength),
+        "sites": [site.name for site in trainee.sites.reads],
+        "sites_out": [site.name for site in trainee.sites.writes or trainee.sites.reads],
+        "samples": samples,
+        "cache_fingerprint": data.cache.fingerprint,
+        "source": data.cache.source,
+        "input_scale_in_training": [site.scale for site in trainee.sites.reads],
+    }
+    whole = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    folded = fold(cfg_out, whole, trainee.scale_in.cpu(), trainee.scale_out.cpu())
+    dictionary.save(folder.path, cfg_out, folded)
+
+
+def summarise(folder: RunFolder, module: TrainingModule, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The last value of every metric, and what the run was made with."""
     metrics: dict[str, Any] = {}
-    for row in read_rows(folder.metrics):
+    for row in rows:
         metrics.update(row)
     training_s = sum(row["elapsed_s"] for row in read_rows(folder.timing))
     return {
@@ -400,6 +457,11 @@ def summarise(folder: RunFolder, module: TrainingModule) -> dict[str, Any]:
         "metrics": metrics,
         "environment": environment(),
     }
+
+
+def _widths(module: TrainingModule) -> dict[str, int]:
+    """Latents of each trainee, by the prefix of its metrics."""
+    return {prefix: trainee.autoencoder.d_sae for prefix, trainee in module.each()}
 
 
 def _command() -> str:
@@ -417,9 +479,11 @@ def _waited_s(trainer: L.Trainer) -> float:
     return float(getattr(trainer.train_dataloader, "waited_s", 0.0))
 
 
-def measure_sizes(module: TrainingModule, data: ActivationData) -> dict[str, str]:
+def measure_sizes(module: TrainingModule, data: RunData) -> dict[str, str]:
     """What a run will take, found by running one batch forward and backward."""
-    num_parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    each = {prefix: sum(p.numel() for p in trainee.parameters()) for prefix, trainee in module.each()}
+    num_parameters = sum(each.values())
+    shares = ", ".join(f"{prefix.rstrip('/')} {number:,}" for prefix, number in each.items() if prefix)
     batch = next(iter(data.train_dataloader()))
     began_s = time.perf_counter()
     loss = module.training_step(batch, 0)
@@ -428,7 +492,7 @@ def measure_sizes(module: TrainingModule, data: ActivationData) -> dict[str, str
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     steps_per_pass = data.cache.num_train_rows / module.batch
     return {
-        "parameters": f"{num_parameters:,}",
+        "parameters": f"{num_parameters:,}" + (f" ({shares})" if shares else ""),
         "parameters, gradients, Adam": f"{num_parameters * 16 / 2**20:,.0f} MiB",
         "peak memory of this process": f"{peak_mib:,.0f} MiB",
         "checkpoint on disk": f"{num_parameters * 12 / 2**20:,.0f} MiB each",

@@ -14,7 +14,8 @@ class RunFolder:
     """Paths of one run.
 
     config.yaml       resolved configuration (config-1.yaml, ... are those before a resume changed something)
-    run.json          the run's id, when it was made, and the fingerprint of its cache
+    run.json          the run's id, when it was made, the fingerprint of its cache, and when it was started from where
+    live.json         of a run without a cache: statistics of its rows, and what they depend on
     metrics.jsonl     one row per logged step and per validation: the truth that every picture is drawn from
     timing.jsonl      wall-clock figures, which differ between two runs that are otherwise equal
     checkpoints/      last.ckpt points at the newest of samples-*.ckpt
@@ -22,12 +23,14 @@ class RunFolder:
     summary.json      final value of every metric, samples, wall time, versions
     report/           the pictures, as PNG and SVG, and report.html with all of them; drawn from the files above
     features/         what scripts/features.py found out about each latent: index.html, features.jsonl
+    <trainee>/        of several trainees each one's dictionary, with config.yaml and summary.json as if it were alone
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.identity = self.path / "run.json"
+        self.live = self.path / "live.json"
         self.metrics = self.path / "metrics.jsonl"
         self.timing = self.path / "timing.jsonl"
         self.checkpoints = self.path / "checkpoints"
@@ -38,6 +41,10 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether a run was begun here."""
         return self.config.exists()
+
+    def of_trainee(self, name: str) -> RunFolder:
+        """Of a run with several trainees, the folder of one: its configuration, summary and dictionary."""
+        return RunFolder(self.path / name)
 
     def older_config(self) -> Path:
         """The first free config-N.yaml."""

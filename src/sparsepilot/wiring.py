@@ -8,7 +8,7 @@ from typing import NamedTuple
 from typing_extensions import TypedDict
 
 from sparsepilot.autoencoders.blocks import Blocks
-from sparsepilot.data.datamodule import ActivationData
+from sparsepilot.data.datamodule import RunData
 from sparsepilot.data.sites import expand_sites
 from sparsepilot.errors import ConfigError
 from sparsepilot.training.trainee import Sites, SiteStats
@@ -56,7 +56,7 @@ def check_sites(sites: list[str] | ReadWrite | None = None, skip: bool = False) 
         raise ConfigError("model.sites = []: names nothing to read; name a site of the data, or null for all of them")
 
 
-def wire(data: ActivationData, sites: list[str] | ReadWrite | None = None, skip: bool = False) -> Wired:
+def wire(data: RunData, sites: list[str] | ReadWrite | None = None, skip: bool = False) -> Wired:
     """Blocks and sites for `model.sites`, which names sites (or globs) among the data's.
 
     None or a list: those are read and written, one as an autoencoder, several as a crosscoder. `{read, write}`: a

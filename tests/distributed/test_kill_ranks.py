@@ -13,58 +13,43 @@ from typing import Any
 
 import pytest
 from killing.compare import run_differences
-from killing.runs import BATCH, Ended, Kill, RunUnderTest
+from killing.ranks import Ranks
+from killing.runs import BATCH, SEVERAL, Ended, Kill, Launch, RunUnderTest
 from warm import Warm
 
 from sparsepilot.callbacks.checkpoint_io import is_whole, list_checkpoints
 from sparsepilot.rows import read_rows
 
-pytestmark = pytest.mark.slow  # dozens of processes
-
-
-class Ranks:
-    """A launcher for `RunUnderTest`: so many processes in the place of one."""
-
-    def __init__(self, warm: Warm, world: int, victim: int | None = None, trainer: str = "ddp_gloo") -> None:
-        """victim: the rank that what is armed is armed for; None: all."""
-        self.warm, self.world, self.victim, self.trainer = warm, world, victim, trainer
-
-    def __call__(self, arguments: list[str], environment: Mapping[str, str]) -> Ended:
-        armed = {key: value for key, value in environment.items() if key.startswith(("SPARSEPILOT_FAULT", "KILLING"))}
-        rest = {key: value for key, value in environment.items() if key not in armed}
-        if self.world == 1:
-            return self.warm(arguments, environment)
-        of_rank = {rank: dict(armed) for rank in range(self.world) if self.victim in (None, rank)}
-        for rank, own in of_rank.items():
-            if self.victim is None and rank > 0:
-                own.pop("SPARSEPILOT_FAULT_LOG", None)  # one line in the log, however many die
-        ranks = [f"trainer={self.trainer}", f"trainer.devices={self.world}"]
-        ended = self.warm.ranks(self.world, arguments + ranks, rest, of_rank)
-        codes = [e.code for e in ended]
-        return Ended(min(codes) if min(codes) < 0 else max(codes), "".join(e.out for e in ended))
+pytestmark = [
+    pytest.mark.slow,  # dozens of processes
+    pytest.mark.timeout(1200),  # twelve of them in a test, one after the other
+]
 
 
 class Lab:
-    """The warm server, and one unbroken run for each trainer and number of ranks."""
+    """The warm server, and one unbroken run for each number of ranks."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.warm = Warm(folder)
-        self.unbroken: dict[tuple[str, int], Path] = {}
+        self.unbroken: dict[tuple[int, str], Path] = {}
+
+    def launcher(self, world: int, trainer: str = "ddp_gloo") -> Launch:
+        """So many processes, forked from the warm server."""
+        return self.warm if world == 1 else Ranks(world, trainer, self.warm.ranks)
 
     def reference(self, world: int, trainer: str = "ddp_gloo") -> Path:
         """The unbroken run of so many ranks, made when it is first asked for."""
-        if (trainer, world) not in self.unbroken:
+        if (world, trainer) not in self.unbroken:
             path = self.folder / f"unbroken-{trainer}-{world}"
-            launcher = Ranks(self.warm, world, trainer=trainer)
-            ended = RunUnderTest(path, self.folder / "cache", launcher=launcher).start()
+            ended = RunUnderTest(path, self.folder / "cache", launcher=self.launcher(world, trainer)).start()
             assert ended.code == 0, ended.out
-            self.unbroken[trainer, world] = path
-        return self.unbroken[trainer, world]
+            self.unbroken[world, trainer] = path
+        return self.unbroken[world, trainer]
 
-    def run(self, folder: Path, world: int, victim: int | None = None, trainer: str = "ddp_gloo") -> RunUnderTest:
-        launcher, reference = Ranks(self.warm, world, victim, trainer), self.reference(world, trainer)
-        return RunUnderTest(folder, self.folder / "cache", 1, reference, launcher=launcher, rank=victim or 0)
+    def run(self, folder: Path, world: int, trainer: str = "ddp_gloo") -> RunUnderTest:
+        launcher = self.launcher(world, trainer)
+        return RunUnderTest(folder, self.folder / "cache", 1, self.reference(world, trainer), launcher)
 
 
 @pytest.fixture(scope="module")
@@ -88,44 +73,61 @@ def assert_ends_equal(report: dict[str, Any]) -> None:
     assert report["differences"] == []
 
 
-@pytest.mark.parametrize(
-    ("world", "victim", "kill"),
-    [
-        (2, None, Kill("mid-step", "mid-step", 33, 0.0)),
-        (2, 0, Kill("mid-step", "mid-step-controller", 61, 0.0)),
-        (2, 1, Kill("mid-step", "step-start", 52, 0.0)),
-        (2, 1, Kill("early", "mid-step", 7, 0.0)),
-        (2, 0, Kill("checkpoint", "checkpoint-write", 35, 0.6)),
-        (2, 0, Kill("checkpoint", "checkpoint-rename", 48, 0.0)),
-        (2, 0, Kill("metrics", "metrics-append", 57, 0.0)),
-        # four ranks add up in a ring: with other messages in the first step of a process their bits would differ
-        (4, 3, Kill("mid-step", "mid-step", 47, 0.0)),
-    ],
-)
-def test_killed_ranks_end_as_unbroken_ones(
-    lab: Lab, tmp_path: Path, world: int, victim: int | None, kill: Kill
-) -> None:
-    run = lab.run(tmp_path / "run", world, victim)
-    began_s = time.monotonic()
-    assert run.kill(kill, tmp_path / "fault.log")["problems"] == []
-    assert time.monotonic() - began_s < 60  # no rank waits for the dead one
+# each is a run folder that collects its kills and is then finished; ten kills over two ranks
+CELLS = {
+    "steps and saves": (
+        Kill("early", "mid-step", 7, 0.0, rank=1),
+        Kill("mid-step", "mid-step", 33, 0.0),
+        Kill("checkpoint", "checkpoint-write", 45, 0.6, rank=0),
+        Kill("resume", "resume-state", 0, 0.0, rank=1),
+        Kill("metrics", "metrics-append", 72, 0.0, rank=0),
+    ),
+    "resumes and ends": (
+        Kill("mid-step", "mid-step-controller", 21, 0.0, rank=0),
+        Kill("resume", "resume-cut", 0, 0.0, rank=0),
+        Kill("mid-step", "step-start", 52, 0.0, rank=1),
+        Kill("checkpoint", "checkpoint-rename", 68, 0.0, rank=0),
+        Kill("end", "finish-dictionary", 0, 0.0, rank=0),
+    ),
+}
+TRAINERS = ("ddp_gloo", "fsdp_cpu")
+
+
+def assert_cell_ends_equal(run: RunUnderTest, kills: tuple[Kill, ...], log: Path) -> None:
+    for kill in kills:
+        began_s = time.monotonic()
+        assert run.kill(kill, log)["problems"] == []
+        assert time.monotonic() - began_s < 60  # no rank waits for the dead one
     assert_ends_equal(run.finish())
 
 
-def test_divided_parameters_end_as_unbroken_ones_whatever_happened(lab: Lab, tmp_path: Path) -> None:
-    """All ranks killed, one within its file, one when its file is written, rank 0 before it gives the folder its name;
-    one rank's disk is full (all end, one says so); one bit of one rank's file is another (the one before is taken)."""
-    for victim, kill, resumes_at in (
-        (None, Kill("mid-step", "mid-step", 33, 0.0), 30),
-        (1, Kill("checkpoint", "checkpoint-write", 35, 0.6), 30),
-        (1, Kill("checkpoint", "checkpoint-shard", 43, 0.0), 40),
-        (0, Kill("checkpoint", "checkpoint-rename", 57, 0.0), 50),
+def test_ranks_with_several_trainees_are_killed_and_go_on(lab: Lab, tmp_path: Path) -> None:
+    def run(folder: Path, reference: Path | None) -> RunUnderTest:
+        return RunUnderTest(folder, lab.folder / "cache", 1, reference, lab.launcher(2), options=SEVERAL)
+
+    ended = run(tmp_path / "unbroken", None).start()
+    assert ended.code == 0, ended.out
+    kill = Kill("mid-step", "mid-step", 47, 0.0, rank=1)
+    assert_cell_ends_equal(run(tmp_path / "run", tmp_path / "unbroken"), (kill,), tmp_path / "fault.log")
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("cell", list(CELLS))
+def test_killed_ranks_end_as_unbroken_ones(lab: Lab, tmp_path: Path, cell: str, trainer: str) -> None:
+    assert_cell_ends_equal(lab.run(tmp_path / "run", 2, trainer), CELLS[cell], tmp_path / "fault.log")
+
+
+def test_the_file_of_one_rank_counts_for_all(lab: Lab, tmp_path: Path) -> None:
+    """Rank 1 is killed within its file and when it is written; its disk is full (all end, one says so); one bit of its
+    file is another (the checkpoint before is taken)."""
+    run = lab.run(tmp_path / "run", 2, "fsdp_cpu")
+    for kill, resumes_at in (
+        (Kill("checkpoint", "checkpoint-write", 35, 0.6, rank=1), 30),
+        (Kill("checkpoint", "checkpoint-shard", 43, 0.0, rank=1), 40),
     ):
-        run = lab.run(tmp_path / "run", 2, victim, "fsdp_cpu")
         assert run.kill(kill, tmp_path / "fault.log")["problems"] == []
         assert run.resumes_at == resumes_at
     before = list_checkpoints(run.folder / "checkpoints")
-    assert len(before) >= 2  # and the best one, where it is older
     for _, path in before:
         assert is_whole(path)
         assert sorted(file.name for file in path.iterdir()) == ["index.ckpt", "rank-00000.ckpt", "rank-00001.ckpt"]
@@ -146,7 +148,7 @@ def test_divided_parameters_end_as_unbroken_ones_whatever_happened(lab: Lab, tmp
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    assert run.resumes_at == 40
+    assert run.resumes_at == 30
     assert_ends_equal(run.finish())
 
 
@@ -156,8 +158,7 @@ def test_any_trainer_goes_on_from_any_checkpoint(lab: Lab, tmp_path: Path) -> No
     legs = [(1, "cpu", 17), (4, "fsdp_cpu", 37), (2, "fsdp_cpu", 57), (2, "ddp_gloo", 77), (1, "cpu", 0)]
     begins = 0
     for world, trainer, dies_at in legs:
-        launcher = Ranks(lab.warm, world, trainer=trainer)
-        run = RunUnderTest(folder, lab.folder / "cache", 1, launcher=launcher)
+        run = RunUnderTest(folder, lab.folder / "cache", 1, launcher=lab.launcher(world, trainer))
         assert run.resumes_at == begins
         if dies_at:
             assert run.kill(Kill("mid-step", "mid-step", dies_at, 0.0), tmp_path / "fault.log")["problems"] == []
@@ -165,17 +166,22 @@ def test_any_trainer_goes_on_from_any_checkpoint(lab: Lab, tmp_path: Path) -> No
         else:
             ended = run.start()
             assert ended.code == 0, ended.out
-            changed = "ranks was 2, is 1"  # a file says nothing of how the parameters lay
-            assert f"same order of data but not the same bits: {changed}" in ended.out
+            assert "same order of data but not the same bits: ranks was 2, is 1" in ended.out
     expected = list(read_rows(lab.reference(2, "fsdp_cpu") / "metrics.jsonl"))
     assert_close(expected, list(read_rows(folder / "metrics.jsonl")), steps=90)
 
 
+def test_four_ranks_add_up_in_one_order(lab: Lab, tmp_path: Path) -> None:
+    """In a ring, other messages in the first step of a process would make other bits of them."""
+    kill = Kill("mid-step", "mid-step", 47, 0.0, rank=3)
+    assert_cell_ends_equal(lab.run(tmp_path / "run", 4), (kill,), tmp_path / "fault.log")
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_signal_to_one_rank_stops_all_of_them_at_one_step(lab: Lab, tmp_path: Path, victim: int) -> None:
-    run = lab.run(tmp_path / "run", 2, victim)
+    run = lab.run(tmp_path / "run", 2)
     for name, step in (("SIGTERM", 23), ("SIGUSR1", 57)):
-        ended = run.start({"KILLING_SIGNAL": f"{name}:{(step - 1) * BATCH}"})
+        ended = run.start({"KILLING_SIGNAL": f"{name}:{(step - 1) * BATCH}@{victim}"})
         assert ended.code == 0, ended.out
         assert ended.out.count("stopped and saved at") == 1
         assert run.resumes_at == step
@@ -187,7 +193,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples(lab: Lab, tmp_pat
     run = lab.run(tmp_path / "run", 2)
     assert run.kill(Kill("mid-step", "mid-step", 47, 0.0), tmp_path / "fault.log")["problems"] == []
     before = (run.folder / "metrics.jsonl").read_bytes()
-    other = RunUnderTest(run.folder, lab.folder / "cache", 1, launcher=Ranks(lab.warm, more_ranks))
+    other = RunUnderTest(run.folder, lab.folder / "cache", 1, launcher=lab.launcher(more_ranks))
     ended = other.start()
     assert ended.code == 0, ended.out
     assert f"at {40 * BATCH:,} samples" in ended.out
@@ -200,7 +206,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples(lab: Lab, tmp_pat
 def test_ranks_that_do_not_share_the_streams_are_refused_once(lab: Lab, tmp_path: Path) -> None:
     run = lab.run(tmp_path / "run", 2)
     shutil.copytree(lab.reference(2), run.folder, symlinks=True)
-    ended = RunUnderTest(run.folder, lab.folder / "cache", 1, launcher=Ranks(lab.warm, 3)).start()
+    ended = RunUnderTest(run.folder, lab.folder / "cache", 1, launcher=lab.launcher(3)).start()
     assert ended.code == 2
     assert ended.out.strip() == (
         "error: trainer.devices = 3: 3 ranks cannot share data.num_streams = 16 equally; so many can: 1, 2, 4, 8, 16"

@@ -14,7 +14,7 @@ import pytest
 from conftest import TINY
 from warm import Ended, Warm
 
-from sparsepilot.rows import read_rows
+from sparsepilot.rows import read_rows, rows_of_trainee
 
 pytestmark = pytest.mark.slow  # a hundred processes
 
@@ -145,6 +145,22 @@ def test_gradients_in_bfloat16_train_nearly_as_well(lab: Lab, tmp_path: Path) ->
     losses = [[row["train/loss"] for row in run.rows if "train/loss" in row] for run in (exact, rounded)]
     assert losses[0][0] == losses[1][0]  # the first forward pass: no gradient has been sent yet
     assert losses[1][-1] == pytest.approx(losses[0][-1], rel=0.02)
+
+
+def test_trainees_of_many_ranks_are_their_runs_alone(lab: Lab, tmp_path: Path) -> None:
+    """Bit for bit at the same number of ranks, rows and parameters; BatchTopK selects over both ranks."""
+    given = {"small": ("model.d_sae=96", "model.k=3"), "batch": ("model.k=2.5",)}
+    own = [f"++trainees.{name}.{option}" for name, options in given.items() for option in options]
+    own += ["+model@trainees.batch.model=batchtopk", "trainees.batch.model.d_sae=128"]
+    both = lab.run(tmp_path / "both", 2, *own)
+    for name, options in given.items():
+        alone = lab.run(tmp_path / name, 2, f"model={'batchtopk' if name == 'batch' else 'topk'}", *options)
+        assert list(rows_of_trainee(both.rows, name, given)) == alone.rows
+        begin = f"trainees.{name}."
+        for ours, theirs in zip(both.ranks[1], alone.ranks[1], strict=True):
+            digests = {key.removeprefix(begin): d for key, d in ours["digests"].items() if key.startswith(begin)}
+            expected = {key: d for key, d in theirs["digests"].items() if key.startswith("trainees.sae.")}
+            assert digests == {key.removeprefix("trainees.sae."): d for key, d in expected.items()}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from killing.compare import run_differences
 from killing.planted_bug import BUGS
-from killing.runs import BATCH, STEPS, Ended, Kill, RunUnderTest
+from killing.runs import BATCH, SEVERAL, STEPS, Ended, Kill, RunUnderTest
 from warm import Warm
 
 from sparsepilot.callbacks.checkpoint_io import CrashSafeIO, is_whole, list_checkpoints
@@ -105,6 +105,17 @@ def test_a_killed_run_ends_as_an_unbroken_one(lab: Lab, tmp_path: Path, accumula
     run = lab.run(tmp_path / "run", accumulate)
     assert run.kill(kill, tmp_path / "fault.log")["problems"] == []
     assert_ends_equal(run)
+
+
+def test_several_trainees_are_killed_and_go_on(lab: Lab, tmp_path: Path) -> None:
+    unbroken, given = tmp_path / "unbroken", {"launcher": lab.warm, "options": SEVERAL}
+    ended = RunUnderTest(unbroken, lab.folder / "cache", **given).start()
+    assert ended.code == 0, ended.out
+    run = RunUnderTest(tmp_path / "run", lab.folder / "cache", 1, unbroken, **given)
+    for kill in (Kill("mid-step", "mid-step", 33, 0.0), Kill("checkpoint", "checkpoint-write", 64, 0.6)):
+        assert run.kill(kill, tmp_path / "fault.log")["problems"] == []
+    assert_ends_equal(run)
+    assert {path.parent.name for path in run.folder.glob("*/sae.json")} == {"wide", "jump"}
 
 
 @pytest.mark.parametrize("point", ["resume-cut", "resume-state", "config-write"])

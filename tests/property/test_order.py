@@ -10,7 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsepilot.data.order import Order
+from sparsepilot.data.whole_chunks import WholeChunks
 from sparsepilot.errors import ConfigError
+
+
+@st.composite
+def orders_of_whole_chunks(draw: st.DrawFn) -> WholeChunks:
+    sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=60))
+    return WholeChunks(
+        num_rows=sum(sizes),
+        chunk_rows=max(sizes),
+        num_streams=draw(st.integers(1, min(12, sum(sizes)))),
+        window_rows_per_stream=max(sizes) * draw(st.integers(1, 5)) + draw(st.integers(0, 3)),
+        seed=draw(st.integers(0, 2**70)),
+        first_rows=np.cumsum([0, *sizes]),
+    )
 
 
 @st.composite
@@ -26,7 +40,7 @@ def orders(draw: st.DrawFn) -> Order:
     )
 
 
-@given(orders(), st.integers(0, 5))
+@given(orders() | orders_of_whole_chunks(), st.integers(0, 5))
 @settings(deadline=None)
 def test_every_row_comes_exactly_once_per_pass(order: Order, pass_number: int) -> None:
     seen = [
@@ -36,7 +50,7 @@ def test_every_row_comes_exactly_once_per_pass(order: Order, pass_number: int) -
     assert np.array_equal(np.sort(np.concatenate(seen)), np.arange(order.num_rows))
 
 
-@given(orders(), st.integers(1, 6), st.integers(1, 8), st.integers(0, 40))
+@given(orders() | orders_of_whole_chunks(), st.integers(1, 6), st.integers(1, 8), st.integers(0, 40))
 @settings(max_examples=50, deadline=None)
 def test_batches_slice_one_unbroken_order(order: Order, per_stream: int, num_batches: int, first: int) -> None:
     """Batches of any size, begun anywhere, also over the borders of blocks and passes, in any division by ranks."""
@@ -65,6 +79,33 @@ def test_a_block_is_whole_slabs_shuffled_inside_its_window(order: Order, data: s
     assert np.array_equal(np.sort(order.rows(stream, block.start, block.stop)), in_slabs)
     # its rows lie in as few chunks as a run of the pass can touch
     assert len(np.unique(in_slabs // order.chunk_rows)) <= (block.num_rows - 2) // order.chunk_rows + 3
+
+
+@given(orders_of_whole_chunks(), st.data())
+@settings(deadline=None)
+def test_a_block_of_whole_chunks_cuts_none_but_at_the_ends_of_its_stream(
+    order: WholeChunks, data: st.DataObject
+) -> None:
+    """All blocks of a stream in a pass: in a row, within the window, and together no more chunks than it touches."""
+    stream = data.draw(st.integers(0, order.num_streams - 1))
+    rows = order.stream_rows(stream)
+    t = begin = rows * data.draw(st.integers(0, 3))
+    chunks: list[int] = []
+    while t < begin + rows:
+        block = order.block_at(stream, t)
+        assert block.start == t
+        assert block == order.block_at(stream, block.stop - 1)
+        assert block.num_rows <= min(order.window_rows_per_stream, rows)
+        held = np.concatenate([np.arange(a, b) for a, b in order.slabs(block)])
+        assert len(held) == block.num_rows
+        own = np.unique(np.searchsorted(order.first_rows, held, side="right") - 1)
+        assert len(own) <= order.window_rows_per_stream // order.chunk_rows
+        chunks += own.tolist()
+        t = block.stop
+    assert t == begin + rows
+    assert len(set(chunks)) == len(chunks)  # none is made twice for one stream
+    all_rows = np.concatenate([np.arange(*order.first_rows[c : c + 2]) for c in chunks])
+    assert len(all_rows) - rows <= 2 * (order.chunk_rows - 1)  # and what is not the stream's is at its two ends
 
 
 def test_streams_do_not_refill_at_the_same_time() -> None:

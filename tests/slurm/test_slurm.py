@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -20,7 +22,11 @@ from conftest import ROOT
 from killing.compare import run_differences
 from killing.runs import BASE, BATCH
 
+from sparsepilot.data.cache import Cache
+from sparsepilot.data.layout import marker_file
+from sparsepilot.errors import DataError
 from sparsepilot.rows import read_rows
+from sparsepilot.sweep_folder import SweepFolder
 
 NEEDED = ("sbatch", "slurmctld", "slurmd", "munged", "runuser")
 MISSING = [name for name in NEEDED if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
@@ -33,7 +39,7 @@ STEPS = 400
 CLUSTER = str(ROOT / "tests" / "slurm" / "cluster.sh")
 
 
-def wait_for(what: str, happened: Callable[[], Any], timeout_s: float = 120) -> Any:
+def wait_for(what: str, happened: Callable[[], Any], timeout_s: float = 300) -> Any:
     """Polls until `happened()` is true, and returns it."""
     until_s = time.monotonic() + timeout_s
     while not (found := happened()):
@@ -42,14 +48,28 @@ def wait_for(what: str, happened: Callable[[], Any], timeout_s: float = 120) -> 
     return found
 
 
+def wait_for_a_step(run: Path) -> None:
+    """Until a run has taken a step since now."""
+    now = time.time()
+    wait_for("step", lambda: max((r["time"] for r in read_rows(run / "timing.jsonl")), default=0.0) > now)
+
+
+def starts(run: Path) -> list[dict[str, Any]]:
+    """What a run folder says about the times that it was started."""
+    return list(json.loads((run / "run.json").read_text(encoding="utf-8"))["starts"])
+
+
 class Slurm:
     """The cluster, and jobs on it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         subprocess.run([CLUSTER, "start", str(folder / "slurm")], check=True, timeout=60)
+        self.slow = folder / "slow"
+        """while it is there, steps take longer (killing/targets.py)"""
         self.env = {
             **os.environ,
+            "KILLING_SLOW": f"0.2:{self.slow}",
             "SLURM_CONF": str(folder / "slurm" / "slurm.conf"),
             "PYTHONPATH": f"{ROOT}/benchmarks{os.pathsep}{ROOT}/src",
             "SPARSEPILOT_VENV": sys.prefix,
@@ -59,15 +79,41 @@ class Slurm:
         """What a command of Slurm prints."""
         return subprocess.run(command, cwd=ROOT, env=self.env, check=True, capture_output=True, text=True).stdout
 
+    def submit(self, *words: str) -> Job:
+        """sbatch."""
+        return Job(self, self.ask("sbatch", "--parsable", f"--output={self.folder}/%j.out", *words).strip())
+
     def train(self, *options: str, sbatch: tuple[str, ...] = ("--nodes=2", "--ntasks-per-node=1")) -> Job:
         """Submits slurm/train.sbatch."""
         own = (f"data.path={self.folder}/cache", f"run_dir={self.folder}/${{run_id:}}", "threads=1")
         cpu = ("trainer.accelerator=cpu", f"samples={STEPS * BATCH}")
-        job = self.ask(
-            "sbatch", "--parsable", f"--output={self.folder}/%j.out", *sbatch, "slurm/train.sbatch",
-            *BASE, *own, *cpu, *options,
-        )  # fmt: skip
-        return Job(self, job.strip())
+        return self.submit(*sbatch, "slurm/train.sbatch", *BASE, *own, *cpu, *options)
+
+    def hurry(self, job: str) -> None:
+        """A job that is back in the queue need not wait the two minutes that Slurm gives a node to recover."""
+        wait_for(f"requeue of {job}", lambda: self.shown(job, "JobState") == "PENDING")
+        self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def processes(self, script: bytes, **environment: str) -> list[int]:
+        """Those that run a script of ours with these variables."""
+        wanted, found = {f"{name}={value}".encode() for name, value in environment.items()}, []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                if script in words and b"srun" not in words[0]:
+                    found += [int(folder.name)] if wanted <= set((folder / "environ").read_bytes().split(b"\0")) else []
+        return found
+
+    def output(self, job: Job) -> str:
+        """What a task of an array has printed."""
+        own = self.ask("scontrol", "show", "job", job.number)
+        return Path(re.findall(r"StdOut=(\S+)", own)[0]).read_text(encoding="utf-8")
+
+    def shown(self, job: str, field: str) -> str:
+        """A field of what Slurm says about a job."""
+        found = re.search(rf"\b{field}=(\S+)", self.ask("scontrol", "show", "job", job))
+        assert found is not None
+        return found[1]
 
 
 class Job:
@@ -85,31 +131,21 @@ class Job:
     @property
     def state(self) -> str:
         """Slurm's word for it."""
-        found = re.search(r"JobState=(\w+)", self.slurm.ask("scontrol", "show", "job", self.number))
-        assert found is not None
-        return found[1]
+        return self.slurm.shown(self.number, "JobState")
 
-    def wait(self, state: str, timeout_s: float = 120) -> None:
+    def wait(self, state: str, timeout_s: float = 300) -> None:
         """Until it is in that state."""
         wait_for(f"{state} of job {self.number}", lambda: self.state == state, timeout_s)
 
     def wait_for_a_step(self) -> None:
         """Until it has taken a step since now."""
-        now = time.time()
-        wait_for("step", lambda: max((r["time"] for r in read_rows(self.folder / "timing.jsonl")), default=0.0) > now)
+        wait_for_a_step(self.folder)
 
     def process(self, rank: int) -> int:
         """The training process of a rank."""
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (folder / "environ").read_bytes().split(b"\0")
-                words = (folder / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            wanted = {f"SLURM_JOB_ID={self.number}".encode(), f"SLURM_PROCID={rank}".encode()}
-            if b"train.py" in words and b"srun" not in words[0] and wanted <= set(environment):
-                return int(folder.name)
-        raise AssertionError(f"job {self.number} has no rank {rank}")
+        found = self.slurm.processes(b"train.py", SLURM_JOB_ID=self.number, SLURM_PROCID=str(rank))
+        assert found, f"job {self.number} has no rank {rank}"
+        return found[0]
 
 
 @pytest.fixture(scope="module")
@@ -143,15 +179,42 @@ def test_two_tasks_on_one_node_train_as_on_two(slurm: Slurm, unbroken: Path) -> 
     assert run_differences(unbroken, job.folder) == []
 
 
-def test_usr1_saves_and_requeues_and_the_job_goes_on(slurm: Slurm, unbroken: Path) -> None:
-    job = slurm.train()
+def test_a_job_goes_on_after_all_that_may_end_it(slurm: Slurm, unbroken: Path) -> None:
+    """SIGUSR1, a requeue by hand, a more urgent job, a time limit: one job meets all of them."""
+    slurm.slow.touch()
+    two_nodes = ("--nodes=2", "--ntasks-per-node=1", "--time=60", "--signal=USR1@50")
+    job = slurm.train(sbatch=two_nodes)
+
     job.wait_for_a_step()
     slurm.ask("scancel", "--signal=USR1", job.number)
-    wait_for("end of the first start", lambda: "goes back into the queue" in job.out)
-    job.wait("COMPLETED", 300)
+    slurm.hurry(job.number)
     assert job.out.count("stopped and saved at") == 1
-    assert job.out.count(f"job {job.number} goes back into the queue") == 1
-    assert job.out.count(f"resuming {job.folder} at") == 1
+
+    job.wait_for_a_step()
+    slurm.ask("scontrol", "requeue", job.number)
+    slurm.hurry(job.number)
+
+    job.wait_for_a_step()
+    urgent = slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true")
+    wait_for("more room", lambda: "goes back" in job.out.rpartition("resuming")[2])  # Slurm has sent SIGTERM, not USR1
+    urgent.wait("COMPLETED")
+    slurm.hurry(job.number)
+
+    job.wait_for_a_step()
+    slurm.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=1")  # a minute since it started
+    wait_for("end of the time", lambda: job.out.count("goes back into the queue") == 3)
+    wait_for("requeue", lambda: job.state == "PENDING")
+    slurm.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
+    slurm.slow.unlink()
+    slurm.hurry(job.number)
+
+    job.wait("COMPLETED")
+    assert job.out.count(f"job {job.number} goes back into the queue") == 3
+    begun = [start["samples"] for start in starts(job.folder)]
+    assert len(begun) == 5
+    assert begun == sorted(set(begun))  # each went on where the one before had come to
+    assert job.out.count(f"resuming {job.folder} at") == 4
+    assert {start["slurm_job"] for start in starts(job.folder)} == {job.number}
     assert run_differences(unbroken, job.folder) == []
 
 
@@ -163,7 +226,8 @@ def test_a_killed_rank_ends_the_job_and_a_requeued_job_goes_on(slurm: Slurm, unb
     assert "another rank of this run is gone" in job.out or "Killed" in job.out
     assert "Traceback" not in job.out
     slurm.ask("scontrol", "requeue", job.number)
-    job.wait("COMPLETED", 300)
+    slurm.hurry(job.number)
+    job.wait("COMPLETED")
     assert run_differences(unbroken, job.folder) == []
 
 
@@ -173,8 +237,89 @@ def test_an_error_of_all_tasks_is_said_once(slurm: Slurm) -> None:
     assert [line for line in job.out.splitlines() if line.startswith("error:")] == [
         "error: model.k = 0: should be greater than 0"
     ]
+    (slurm.folder / "a_file").touch()
+    job = slurm.train(f"run_dir={slurm.folder}/a_file/run")
+    job.wait("FAILED")
+    assert [line for line in job.out.splitlines() if line.startswith("error:")] == [
+        f"error: cannot write {slurm.folder}/a_file/run: Not a directory; what was whole before still is"
+    ]
     slurm.env["SPARSEPILOT_VENV"], before = "/nowhere", slurm.env["SPARSEPILOT_VENV"]
     job = slurm.train()
     slurm.env["SPARSEPILOT_VENV"] = before
     job.wait("FAILED")
     assert job.out == "error: /nowhere: no Python environment there; run `make setup`, or set SPARSEPILOT_VENV\n"
+
+
+def test_an_array_writes_a_cache_and_a_killed_task_goes_on(slurm: Slurm) -> None:
+    words = [word for word in BASE if word.startswith("data")]
+    words += [
+        "+data.build.chunk_rows=64",
+        "+data.build.shard_rows=1088",
+    ]  # 20 shards of five writes, five for each task
+    alone = [sys.executable, "scripts/cache_activations.py", *words, f"data.path={slurm.folder}/alone"]
+    subprocess.run(alone, cwd=ROOT, env=slurm.env, check=True, capture_output=True)
+    shared = slurm.folder / "shared"
+    array = slurm.submit(
+        "--array=2-5", "--export=ALL,SPARSEPILOT_FAULT=cache-shard-write:18@3",
+        "slurm/cache.sbatch", *words, f"data.path={shared}",
+    )  # fmt: skip
+    tasks = [Job(slurm, f"{array.number}_{number}") for number in range(2, 6)]
+    killed, signalled = tasks[1], tasks[3]
+
+    wait_for("task", lambda: slurm.processes(b"scripts/cache_activations.py", SLURM_ARRAY_TASK_ID="5"))
+    slurm.ask("scancel", "--batch", "--signal=USR1", signalled.number)  # as a minute before a time limit
+    slurm.hurry(signalled.number)
+    killed.wait("FAILED")
+    mine = {number: marker_file(shared, number) for number in range(1, 20, 4)}
+    whole = {number: path.stat().st_mtime_ns for number, path in mine.items() if path.exists()}
+    assert list(whole) == [1, 5, 9], slurm.output(killed)
+    with pytest.raises(DataError, match="unfinished"):
+        Cache(shared)
+
+    slurm.ask("scontrol", "requeue", killed.number)
+    slurm.hurry(killed.number)
+    for task in tasks:
+        task.wait("COMPLETED")
+    assert {number: mine[number].stat().st_mtime_ns for number in whole} == whole  # it wrote its other two alone
+    assert Cache(shared).fingerprint == Cache(slurm.folder / "alone").fingerprint
+    assert slurm.output(signalled).count("goes back into the queue") == 1
+
+
+SWEEP = ("hydra/launcher=slurm", "model.k=4,4,0,5", "trainer.accelerator=cpu", "threads=1")
+
+
+def test_a_sweep_of_four_jobs_with_one_that_fails_and_one_that_is_preempted(slurm: Slurm) -> None:
+    sweep = slurm.folder / "sweep"
+    own = (f"hydra.sweep.dir={sweep}", f"data.path={slurm.folder}/sweep-cache")  # all four want it at once
+    slurm.slow.touch()
+    command = [sys.executable, "train.py", "-m", *SWEEP, *(word for word in BASE if word != "model.k=4"), *own]
+    out = slurm.folder / "sweep.out"
+    with open(out, "w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=slurm.env, stdout=file, stderr=subprocess.STDOUT)
+    wait_for("run", lambda: process.poll() is not None or (sweep / "0" / "run.json").exists(), 300)
+    wait_for_a_step(sweep / "0")
+    first = starts(sweep / "0")[0]["slurm_job"]
+    slurm.ask("scancel", "--signal=USR2", first)  # what submitit asks Slurm for before a time limit
+    slurm.hurry(first)
+    slurm.slow.unlink()
+    assert process.wait(600) == 1, out.read_text()
+
+    said = out.read_text()
+    assert said.count(f"sweep {sweep}: 3 of 4 members are done") == 1
+    assert [line for line in said.splitlines() if line.startswith("failed: ")] == [
+        "failed: member 2 (model.k=0): model.k = 0: should be greater than 0"
+    ]
+    assert "Traceback" not in said
+    found = {member.number: (member.status, member.error) for member in SweepFolder(sweep).members()}
+    assert found == {
+        0: ("done", None),
+        1: ("done", None),
+        2: ("failed", "model.k = 0: should be greater than 0"),
+        3: ("done", None),
+    }
+    assert [len(starts(sweep / str(number))) for number in (0, 1, 3)] == [2, 1, 1]  # requeued once, not twice
+    assert starts(sweep / "0")[1]["samples"] > 0
+    logs = "".join(path.read_text() for path in sorted((sweep / ".submitit").rglob("*_log.out")))
+    assert logs.count("goes back into the queue") == 1
+    assert logs.count("building the activation cache") == 1
+    assert run_differences(sweep / "1", sweep / "0") == []  # the same options, never broken

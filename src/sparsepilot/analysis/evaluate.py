@@ -63,6 +63,10 @@ def open_subject(run_dir: str, cache: str | None = None, lm: Mapping[str, Any] |
     folder = RunFolder(run_dir)
     config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder.config))) if folder.exists() else {}
     path = cache if cache is not None else config.get("data", {}).get("path")
+    if path is None and "lm_device" in config.get("data", {}):
+        raise ConfigError(
+            f"run_dir = {run_dir}: its rows were live and are not kept; give a cache of its sites, cache=..."
+        )
     if path is None:
         raise ConfigError(f"run_dir = {run_dir}: is no run (no config.yaml), so nobody knows its rows; give cache=...")
     if isinstance(lm, str) and lm != "none":

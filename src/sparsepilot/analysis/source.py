@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sparsepilot.data.cache import Cache
+from sparsepilot.data.source import TextRows
 from sparsepilot.errors import ConfigError, DataError
 from sparsepilot.lm.capture import capture
 from sparsepilot.lm.harvest import tokenizer_hash
@@ -20,7 +20,7 @@ _ROWS_FVU = 0.01
 _CHECKED_CONTEXTS = 4
 
 
-def check_source(cache: Cache, lm: Mapping[str, Any], field: str, remedy: str) -> None:
+def check_source(cache: TextRows, lm: Mapping[str, Any], field: str, remedy: str) -> None:
     """Before a model is loaded: whether the cache names the one that is configured.
 
     Args:
@@ -47,7 +47,7 @@ def check_source(cache: Cache, lm: Mapping[str, Any], field: str, remedy: str) -
         )
 
 
-def check_model(cache: Cache, model: LanguageModel) -> None:
+def check_model(cache: TextRows, model: LanguageModel) -> None:
     """ConfigError unless weights and vocabulary are those that the cache was made with."""
     source = cache.source
     for what, here, there in (
@@ -61,7 +61,7 @@ def check_model(cache: Cache, model: LanguageModel) -> None:
             )
 
 
-def held_out_contexts(cache: Cache, model: LanguageModel, field: str) -> Contexts:
+def held_out_contexts(cache: TextRows, model: LanguageModel, field: str) -> Contexts:
     """The contexts of the cache's validation rows. ConfigError, begun with `field`, where it has none."""
     start, stop = cache.num_train_rows, cache.num_train_rows + cache.num_val_rows
     if start == stop:
@@ -73,7 +73,7 @@ def held_out_contexts(cache: Cache, model: LanguageModel, field: str) -> Context
     return contexts_of_rows(model.tokenizer, int(cache.source["context_length"]), *labels)
 
 
-def check_rows(cache: Cache, site: str, model: LanguageModel, contexts: Contexts) -> None:
+def check_rows(cache: TextRows, site: str, model: LanguageModel, contexts: Contexts) -> None:
     """DataError unless the language model makes, of these contexts, the rows that the cache holds.
 
     Nothing is checked where the tokenizer has no BOS token: such contexts lack their first token.

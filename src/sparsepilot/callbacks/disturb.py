@@ -9,7 +9,7 @@ import torch
 from pydantic import PositiveFloat
 
 from sparsepilot.callbacks.steps import ended_optimizer_step
-from sparsepilot.training.module import TrainingModule
+from sparsepilot.training.module import Schedule, TrainingModule
 
 LR_FOR = 0.01
 """Share of the budget."""
@@ -39,15 +39,16 @@ class Disturb(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run that resumes behind `at` has its inputs scaled; the rest is in its state, or hangs on the clock."""
         module = cast(TrainingModule, pl_module)
-        undisturbed = module.schedule
+        module.schedules = {name: self._disturbed(schedule) for name, schedule in module.schedules.items()}
+        if module.samples >= self.at:
+            self._scale_data(module)
 
+    def _disturbed(self, undisturbed: Schedule) -> Schedule:
         def schedule(samples: int, total_samples: int) -> float:
             for_now = self.at <= samples < self.at + LR_FOR * total_samples
             return undisturbed(samples, total_samples) * (self.lr if for_now else 1.0)
 
-        module.schedule = schedule
-        if module.samples >= self.at:
-            self._scale_data(module)
+        return schedule
 
     @torch.no_grad()
     def on_train_batch_end(

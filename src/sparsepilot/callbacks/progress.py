@@ -16,7 +16,7 @@ PLAIN_EVERY_S = 30.0
 
 
 class ProgressLine(L.Callback):
-    """Shows samples, speed, loss, L0 and FVU of the last logged step."""
+    """Shows samples, speed, loss, L0 and FVU of the last logged step; of several trainees L0 and FVU of each."""
 
     def __init__(self, log: RunLog, console: Console | None = None) -> None:
         self._log = log
@@ -72,9 +72,12 @@ class ProgressLine(L.Callback):
         row = self._log.last_train_row
         total = module.total_steps * module.batch
         parts = [f"{module.samples / 1e6:.2f} / {total / 1e6:.2f}M samples", f"{self._speed(module):,.0f}/s"]
-        for key, name in (("train/loss", "loss"), ("train/l0", "L0"), ("train/fvu", "FVU")):
-            if key in row:
-                parts.append(f"{name} {row[key]:.4g}")
+        for prefix, _ in module.each():
+            figures = [("train/l0", "L0"), ("train/fvu", "FVU")]
+            if not prefix:  # of several, what tells them apart
+                figures.insert(0, ("train/loss", "loss"))
+            known = [f"{name} {row[prefix + key]:.4g}" for key, name in figures if prefix + key in row]
+            parts += known if not prefix else [" ".join([prefix.rstrip("/"), *known])]
         return "  ".join(parts)
 
     def _speed(self, module: TrainingModule) -> float:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 
 from sparsepilot.callbacks.steps import ended_optimizer_step
-from sparsepilot.rows import RowFile, read_rows
+from sparsepilot.rows import RowFile, read_rows, rows_of_trainee
 from sparsepilot.run_folder import RunFolder
 from sparsepilot.training.module import TrainingModule
 
@@ -23,6 +23,7 @@ class RunLog(L.Callback):
         samples: where the run resumes; rows past it are cut.
         waited_s: seconds that training has waited for data so far, for the timing rows.
         after_checkpoint: called with the clock once a checkpoint covers all rows so far (W&B sends them then).
+        trainees: their names, where there are several.
     """
 
     def __init__(
@@ -31,10 +32,14 @@ class RunLog(L.Callback):
         samples: int,
         waited_s: Callable[[], float] = lambda: 0.0,
         after_checkpoint: Callable[[int], None] = lambda samples: None,
+        trainees: Sequence[str] = (),
     ) -> None:
         self._folder = folder
         self._files: tuple[RowFile, RowFile] | None = None
-        self.val_rows = [row for row in read_rows(folder.metrics) if row["samples"] <= samples and "val/loss" in row]
+        self._trainees = trainees
+        rows = (self._over_all(row) for row in read_rows(folder.metrics) if row["samples"] <= samples)
+        self.val_rows = [row for row in rows if "val/loss" in row]
+        """Validations; of several trainees, the means over them where all were validated."""
         self.last_train_row: dict[str, Any] = {}
         self._waited_s = waited_s
         self._after_checkpoint = after_checkpoint
@@ -72,8 +77,8 @@ class RunLog(L.Callback):
         assert isinstance(pl_module, TrainingModule)
         if trainer.sanity_checking or pl_module.val_row is None:
             return
-        self.val_rows.append(dict(pl_module.val_row))
-        self.write(trainer, self.val_rows[-1])
+        self.val_rows.append(self._over_all(pl_module.val_row))
+        self.write(trainer, pl_module.val_row)
         self._last_s += time.monotonic() - self._validation_began_s
 
     def before_checkpoint(self, module: TrainingModule) -> None:
@@ -112,6 +117,15 @@ class RunLog(L.Callback):
         scalars = {key: value for key, value in row.items() if isinstance(value, int | float)}
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=row["step"])
+
+    def _over_all(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row, and of each validation figure that all trainees have the mean."""
+        if not self._trainees:
+            return dict(row)
+        own = [next(rows_of_trainee([row], name, self._trainees), {}) for name in self._trainees]
+        common = (key for key in own[0] if key.startswith("val/") and all(key in other for other in own))
+        numbers = [key for key in common if isinstance(own[0][key], int | float)]
+        return {**row, **{key: sum(other[key] for other in own) / len(own) for key in numbers}}
 
     def _write_timing(self, module: TrainingModule) -> None:
         now_s, waited_s = time.monotonic(), self._waited_s()

@@ -13,7 +13,7 @@ from sparsepilot.training.module import TrainingModule
 
 class ValidateEvery(L.Callback):
     """Runs Lightning's validation loop after each step that passes a multiple of `every_samples`, after the last, and
-    where a controller wants it.
+    where a controller wants it: of the one trainee that it steers, so that the others go on as if they were alone.
 
     Lightning's own trigger counts batches of the present process. This one counts samples of the run, and acts inside
     `on_train_batch_end`, before the checkpoint callback: a checkpoint never lies between a step and the validation that
@@ -38,13 +38,17 @@ class ValidateEvery(L.Callback):
         assert isinstance(pl_module, TrainingModule)
         if not ended_optimizer_step(trainer):
             return
-        wanted = pl_module.wants_validation()
-        if wanted or _crossed(pl_module, self.every_samples) or pl_module.step >= pl_module.total_steps:
-            with pl_module.whole():
+        wanted, names = pl_module.want_validation(), list(pl_module.trainees)
+        if _crossed(pl_module, self.every_samples) or pl_module.step >= pl_module.total_steps:
+            wanted = names
+        if wanted:
+            pl_module.to_validate = wanted
+            with pl_module.whole(wanted):
                 _run_validation_loop(trainer)
-        elif self.cross_entropy_every_samples is not None and _crossed(pl_module, self.cross_entropy_every_samples):
-            with self._log.apart_from_training(), pl_module.whole():
-                self._log.write(trainer, pl_module.measure_cross_entropy())
+        rest = [name for name in names if name not in wanted and pl_module.measures_cross_entropy(name)]
+        if rest and self.cross_entropy_every_samples and _crossed(pl_module, self.cross_entropy_every_samples):
+            with self._log.apart_from_training(), pl_module.whole(rest):
+                self._log.write(trainer, pl_module.measure_cross_entropy(rest))
 
 
 def _crossed(module: TrainingModule, every_samples: int) -> bool:

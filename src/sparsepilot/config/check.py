@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from sparsepilot.callbacks.disturb import disturbance
 from sparsepilot.config.instantiate import instantiate
-from sparsepilot.config.signature import check_fields, check_target
+from sparsepilot.config.signature import check_fields, check_target, takes
+from sparsepilot.config.trainees import each_alone, naming
 from sparsepilot.errors import ConfigError
 from sparsepilot.lm import load as lm_load
 from sparsepilot.lm import text as lm_text
@@ -18,6 +19,9 @@ from sparsepilot.parallel.sharded import Sharded
 from sparsepilot.ranks import num_devices, ranks_here
 from sparsepilot.reporting.wandb import resolve_mode
 from sparsepilot.wiring import STARTING, WIRING, check_sites, wire
+
+LIVE = ("lm", "text", "folder", "say")
+"""What a data group is given that runs the language model itself (data=live)."""
 
 BEST_BY = ("val/fvu", "val/loss", "val/mse", "val/ce")
 """Validation metrics of which less is better."""
@@ -29,7 +33,14 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: one line that names the field, its value and what would be right.
     """
-    plain = _complete(cfg)
+    _complete(cfg)
+    for name, alone in each_alone(cfg).items():
+        with naming(cfg, name):
+            _check_one(_complete(alone))
+
+
+def _check_one(plain: dict[str, Any]) -> None:
+    """Of a run with one trainee."""
     _check_numbers(plain)
     wiring = {k: v for k, v in plain["model"].items() if k in WIRING}
     check_fields("model", wiring, wire, given=("data",))
@@ -78,7 +89,9 @@ def _complete(cfg: DictConfig) -> dict[str, Any]:
 def _check_data(plain: dict[str, Any]) -> None:
     data = dict(plain["data"])
     build = data.pop("build", None)
-    check_target("data", data, given=("batch", "accumulate", "total_samples", "seed"))
+    check_target("data", data, given=("batch", "accumulate", "total_samples", "seed", *LIVE))
+    if takes(data, "lm"):
+        _check_lm_and_text(plain)
     if build is not None:
         if isinstance(data["path"], dict):
             raise ConfigError(
@@ -93,8 +106,12 @@ def _check_data(plain: dict[str, Any]) -> None:
         )
         check_target("data.build", build, given=given)
         if from_lm:
-            check_fields("lm", plain["lm"], lm_load.load)
-            check_fields("text", plain["text"], lm_text.documents)
+            _check_lm_and_text(plain)
+
+
+def _check_lm_and_text(plain: dict[str, Any]) -> None:
+    check_fields("lm", plain["lm"], lm_load.load)
+    check_fields("text", plain["text"], lm_text.documents)
 
 
 def _try_optimizer(node: dict[str, Any]) -> None:
@@ -142,7 +159,7 @@ def _check_cross_entropy(plain: dict[str, Any]) -> None:
     node, data, sites = plain["cross_entropy"], plain["data"], plain["model"].get("sites")
     if "_target_" not in node:
         raise ConfigError("cross_entropy: has no _target_; use cross_entropy=spliced, or cross_entropy=none")
-    check_target("cross_entropy", node, given=("data", "sites", "lm"))
+    check_target("cross_entropy", node, given=("data", "sites", "lm", "shared"))
     check_fields("lm", plain["lm"], lm_load.load)
     build = data.get("build")
     if build is not None and not build["_target_"].endswith("build_from_lm"):
@@ -150,7 +167,9 @@ def _check_cross_entropy(plain: dict[str, Any]) -> None:
             f"cross_entropy: data.build ({build['_target_']}) makes rows without a language model; use a cache of one "
             "(data=demo, data=lm), or cross_entropy=none"
         )
-    if isinstance(data["path"], dict):
+    if takes(data, "lm") and data.get("val_fraction") == 0:
+        raise ConfigError("cross_entropy: data.val_fraction = 0 holds out no text to measure it on; set it above 0")
+    if isinstance(data.get("path"), dict):
         raise ConfigError(
             f"cross_entropy: data.path = {data['path']} names several caches, each made by its own language model; "
             "set cross_entropy=none"

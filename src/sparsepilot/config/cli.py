@@ -13,22 +13,22 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
-from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsepilot import launch, ranks
+from sparsepilot import launch, ranks, slurm
 from sparsepilot.config.resolvers import register_resolvers
 from sparsepilot.config.schema import Config, register
+from sparsepilot.config.sweeping import Record, conclude, led
 from sparsepilot.errors import ConfigError, RankError, SaidElsewhere, SparsepilotError, nearest
 from sparsepilot.process_memory import ask_for_huge_pages
 from sparsepilot.run_folder import RunFolder
+from sparsepilot.sweep_folder import place_here
 
 
 def run(main: Callable[[], None], ranks_alike: bool = False) -> None:
-    """Runs a `@hydra.main` function, whose own body is `with user_errors():`.
+    """Runs a `@hydra.main` function, whose own body is `with user_errors():`, or `with one_run(cfg):`.
 
     A rank that another process has started is given its configuration by it, and needs no Hydra.
 
@@ -37,18 +37,71 @@ def run(main: Callable[[], None], ranks_alike: bool = False) -> None:
         ranks_alike: the processes that srun or torchrun has started beside this one do the same as it does; of a
             mistake in what they were given one of them tells.
     """
-    if ranks_alike:
-        ranks.may_say.append(ranks.speaks_first)
-    ask_for_huge_pages()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions to us instead of printing them
-    register()
-    register_resolvers()
+    prepare(ranks_alike)
     with user_errors():
         given = launch.receive()
         if given is None:
             main()
+            conclude(led)
         else:
             inspect.unwrap(main)(OmegaConf.merge(OmegaConf.structured(Config), given.config))
+
+
+def prepare(ranks_alike: bool = False) -> None:
+    """What a process needs before a configuration is composed or read; `run` sees to it."""
+    if ranks_alike:
+        ranks.may_say.append(ranks.speaks_first)
+        slurm.leave_during_start_up()
+    ask_for_huge_pages()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions to us instead of printing them
+    register()
+    register_resolvers()
+    prepared.append(True)
+
+
+prepared: list[bool] = []
+"""Not empty once `prepare` was called."""
+
+
+@contextlib.contextmanager
+def one_run(cfg: DictConfig) -> Iterator[None]:
+    """The body of train.py: a run by itself, or a member of a sweep, whose error does not stop the others.
+
+    A job that submitit has submitted begins here, behind `run`.
+    """
+    if not prepared:
+        prepare(ranks_alike=True)
+    place = place_here()
+    if place is None:
+        with user_errors():
+            yield
+        return
+    if launch.handed is None and ranks.ranks_here() is not None and not slurm.by_submitit():
+        with user_errors():
+            raise ConfigError(
+                "-m: this process is one of several that srun or torchrun has started, and a sweep is started by one; "
+                "use hydra/launcher=slurm, or trainer=ddp, which starts its ranks itself"
+            )
+    record = Record(place)
+    try:
+        record.begin(cfg)
+        yield
+        record.done(cfg)
+    except SystemExit as leaving:
+        if leaving.code in (0, None):
+            record.left()
+        raise
+    except Exception as error:
+        line = one_line(error)
+        if line is None or os.environ.get("SPARSEPILOT_TRACEBACK"):
+            traceback.print_exc()
+        line = line or " ".join(f"{type(error).__name__}: {error}".split())
+        told = _is_mine_to_say(error, line)
+        record.failed(line, knows=told and not _is_secondhand(error))
+        if told:
+            print(f"error: {line}", file=sys.stderr)
+        if launch.handed is not None:
+            raise SystemExit(2) from None
 
 
 @contextlib.contextmanager
@@ -62,8 +115,8 @@ def user_errors() -> Iterator[None]:
         yield
     except Exception as error:
         line = one_line(error)
-        if line is None or _in_a_sweep():
-            raise  # of a sweep Hydra notes that this member failed, and goes on with the others
+        if line is None:
+            raise
         if os.environ.get("SPARSEPILOT_TRACEBACK"):
             traceback.print_exc()
         if _is_mine_to_say(error, line):
@@ -79,8 +132,9 @@ def _is_mine_to_say(error: BaseException, line: str) -> bool:
     return ranks.may_say[-1](line)
 
 
-def _in_a_sweep() -> bool:
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+def _is_secondhand(error: BaseException) -> bool:
+    """Whether it says no more than that another rank is in trouble."""
+    return any(isinstance(cause, RankError) for cause in _causes(error))
 
 
 def arguments(given: list[str], fields: dict[str, Any]) -> dict[str, Any]:

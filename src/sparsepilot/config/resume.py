@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from sparsepilot.errors import ConfigError
 
 FREE = ("trainer", "logger", "callbacks", "threads", "run_dir", "resume", "check", "report", "accumulate", "lm", "text",
-        "data.path", "data.prefetch_batches", "data.val_batch", "data.build", "compile", "model.tile_latents",
-        "cross_entropy.batch_contexts", "cross_entropy.kl", "model.half_product", "model.dense_above")  # fmt: skip
+        "data.path", "data.prefetch_batches", "data.val_batch", "data.build", "data.lm_device", "compile",
+        "cross_entropy.batch_contexts", "cross_entropy.kl", "model.half_product", "model.dense_above",
+        "model.tile_latents")  # fmt: skip
 """Fields that leave the order of samples and the loss alone, if not always the last bits of a sum (a resume says so). A
 moved `data.path` is held to its fingerprint. The rest of `cross_entropy` is not free: a controller may act on what it
 measures."""
@@ -46,7 +48,8 @@ def allowed_changes(was: dict[str, Any], now: dict[str, Any]) -> list[Change]:
 def _is_allowed(change: Change) -> bool:
     if change.field == "samples":
         return bool(change.now >= change.was)
-    return any(change.field == name or change.field.startswith(name + ".") for name in FREE)
+    field = re.sub(r"^trainees\.[^.]+\.", "", change.field)
+    return any(field == name or field.startswith(name + ".") for name in FREE)
 
 
 def differences(was: Any, now: Any, prefix: str = "") -> Iterator[Change]:

@@ -50,6 +50,8 @@ class Config:
     """None, or what runs the language model with the reconstruction spliced in"""
     trainer: Any = MISSING
     logger: Any = MISSING
+    trainees: Any = None
+    """None: one dictionary; or name -> what is different about each of several, see config/trainees.py"""
     callbacks: Callbacks = field(default_factory=Callbacks)
 
     samples: int = MISSING

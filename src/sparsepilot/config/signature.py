@@ -27,6 +27,11 @@ def check_target(group: str, node: Mapping[str, Any], given: Collection[str] = (
     check_fields(group, node, target, given)
 
 
+def takes(node: Mapping[str, Any], *names: str) -> list[str]:
+    """Which of these parameters the `_target_` of a node has."""
+    return [name for name in names if name in inspect.signature(pkgutil.resolve_name(node["_target_"])).parameters]
+
+
 def check_fields(group: str, node: Mapping[str, Any], target: Callable[..., Any], given: Collection[str] = ()) -> None:
     """Checks names, types and ranges of a group against the parameters of `target`.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,13 @@ class Cache:
         """Fills `out_B` (fp32) with the scales of the int8 rows from `start` on."""
         self._width(site)
         self._read(layout.scale_array(site), start, out_B.numpy())
+
+    def fill(self, start: int, rows: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> None:
+        """Fills rows[site] (and scales[site] of int8 rows) with the rows of each site from `start` on."""
+        for site, rows_BD in rows.items():
+            self.read_into(site, start, rows_BD)
+        for site, scale_B in scales.items():
+            self.read_scales_into(site, start, scale_B)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Token ids of rows [start, stop), int32."""

@@ -7,10 +7,12 @@ has no checksum of its own. Both matter here because a file's presence is what s
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +77,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if sha256(canonical_json(content)) != expected:
         raise DataError(f"{path}: damaged, its checksum does not match its content; write this cache again")
     return content
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path, wait: Callable[[], None]) -> Iterator[None]:
+    """Of several processes that want to make `path` alone, one is here; the others wait, after they have said so.
+
+    The system lets go of the lock with its holder, however that ends. Where a filesystem has no locks, or nothing can
+    be written, there is none.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(open(path.with_name(f".{path.name}.lock"), "w", encoding="utf-8"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                wait()
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsepilot.data.dtypes import batch_dtype
 from sparsepilot.data.order import Order
 from sparsepilot.data.prefetch import Prefetcher
-from sparsepilot.data.together import AnyCache
+from sparsepilot.data.source import RowSource
 from sparsepilot.data.window import Windows
 from sparsepilot.errors import ConfigError, DataError
 from sparsepilot.types import Batch
@@ -78,7 +78,7 @@ class TrainLoader(_Loader):
 
     def __init__(
         self,
-        cache: AnyCache,
+        cache: RowSource,
         sites: Sequence[str],
         order: Order,
         batch: int,
@@ -156,7 +156,7 @@ class ValLoader(_Loader):
 
     def __init__(
         self,
-        cache: AnyCache,
+        cache: RowSource,
         sites: Sequence[str],
         batch: int,
         num_rows: int | None = None,

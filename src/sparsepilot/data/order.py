@@ -22,7 +22,7 @@ import numpy as np
 
 from sparsepilot.errors import ConfigError
 
-_CHUNKS, _BLOCK = 0, 1  # what a random key is for; part of the key, so that no two uses share numbers
+CHUNKS, _BLOCK, CONTEXTS = 0, 1, 2  # what a random key is for; part of the key, so that no two uses share numbers
 
 
 class Block(NamedTuple):
@@ -93,8 +93,7 @@ class Order:
         chunks, starts = self._chunk_order(block.pass_number)
         first = int(np.searchsorted(starts, begin, side="right")) - 1
         last = int(np.searchsorted(starts, end, side="left"))
-        low = chunks[first:last] * self.chunk_rows
-        high = np.minimum(low + self.chunk_rows, self.num_rows)
+        low, high = self._chunk_bounds(chunks[first:last])
         high[-1] = low[-1] + end - starts[last - 1]
         low[0] += begin - starts[first]
         ascending = np.argsort(low)
@@ -104,7 +103,7 @@ class Order:
 
     def shuffle(self, block: Block) -> np.ndarray:
         """Which of the block's rows, counted through its slabs, comes at each place: a permutation, int64."""
-        return _permutation(block.num_rows, self.seed, _BLOCK, block.pass_number, block.stream, block.number)
+        return permutation(block.num_rows, self.seed, _BLOCK, block.pass_number, block.stream, block.number)
 
     def rows(self, stream: int, start: int, stop: int) -> np.ndarray:
         """Cache rows (int64) of the stream's row numbers [start, stop)."""
@@ -131,6 +130,11 @@ class Order:
             raise ConfigError(f"{name}={samples} is not a multiple of num_streams={self.num_streams}")
         return samples // self.num_streams
 
+    def _chunk_bounds(self, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First row of each of these chunks, and its end."""
+        low = chunks * self.chunk_rows
+        return low, np.minimum(low + self.chunk_rows, self.num_rows)
+
     def _chunk_order(self, pass_number: int) -> tuple[np.ndarray, np.ndarray]:
         return _chunk_order(self.num_rows, self.chunk_rows, self.seed, pass_number)
 
@@ -139,7 +143,7 @@ class Order:
 def _chunk_order(num_rows: int, chunk_rows: int, seed: int, pass_number: int) -> tuple[np.ndarray, np.ndarray]:
     """A pass: (chunk numbers in their order, the pass position at which each starts); read-only arrays."""
     num_chunks = -(-num_rows // chunk_rows)
-    chunks = _permutation(num_chunks, seed, _CHUNKS, pass_number)
+    chunks = permutation(num_chunks, seed, CHUNKS, pass_number)
     starts = np.arange(num_chunks) * chunk_rows
     short_at = int(np.flatnonzero(chunks == num_chunks - 1)[0])
     starts[short_at + 1 :] -= num_chunks * chunk_rows - num_rows  # the last chunk of the cache may be short
@@ -147,8 +151,8 @@ def _chunk_order(num_rows: int, chunk_rows: int, seed: int, pass_number: int) ->
     return chunks, starts
 
 
-def _permutation(size: int, *key: int) -> np.ndarray:
-    """A permutation that depends on `key` alone.
+def permutation(size: int, *key: int) -> np.ndarray:
+    """A permutation (int64) that depends on `size` and `key` alone.
 
     Sorted raw Philox words rather than `Generator.permutation`: numpy promises the raw stream of a bit generator
     for ever, but not what its generator's methods make of it.

@@ -90,13 +90,13 @@ class Caches:
         cache, name = self._of(site)
         return cache.empty(name, num_rows)
 
-    def read_into(self, site: str, start: int, out_BD: Tensor) -> None:
-        cache, name = self._of(site)
-        cache.read_into(name, start, out_BD)
-
-    def read_scales_into(self, site: str, start: int, out_B: Tensor) -> None:
-        cache, name = self._of(site)
-        cache.read_scales_into(name, start, out_B)
+    def fill(self, start: int, rows: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> None:
+        for site, rows_BD in rows.items():
+            cache, name = self._of(site)
+            cache.read_into(name, start, rows_BD)
+        for site, scale_B in scales.items():
+            cache, name = self._of(site)
+            cache.read_scales_into(name, start, scale_B)
 
     def planted_features(self) -> Tensor | None:
         """None: what was planted in each cache by itself is no dictionary of all of them."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsepilot.data.dtypes import as_numpy
 from sparsepilot.data.order import Block, Order
-from sparsepilot.data.together import AnyCache
+from sparsepilot.data.source import RowSource
 from sparsepilot.errors import ConfigError
 
 
@@ -40,7 +40,7 @@ class Windows:
     """
 
     def __init__(
-        self, cache: AnyCache, sites: Sequence[str], order: Order, streams: Sequence[int], pool: Executor
+        self, cache: RowSource, sites: Sequence[str], order: Order, streams: Sequence[int], pool: Executor
     ) -> None:
         self._cache, self._order, self._streams, self._pool = cache, order, streams, pool
         room = [min(order.window_rows_per_stream, order.stream_rows(stream)) for stream in streams]
@@ -53,9 +53,11 @@ class Windows:
         self._places: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(streams)
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="sparsepilot-ahead")
         self._next: list[tuple[Block, Future[None]] | None] = [None] * len(streams)
+        self._closing = False
 
     def close(self) -> None:
         """Stops reading ahead."""
+        self._closing = True
         self._ahead.shutdown(cancel_futures=True)
 
     def take(self, start: int, count: int, out_BD: Tensor) -> None:
@@ -130,6 +132,8 @@ class Windows:
 
     def _read_block(self, block: Block, base: int) -> None:
         for slab, place in zip(*self._slabs(block, base), strict=True):
+            if self._closing:  # nobody will look at this block, and a language model takes its time
+                return
             self._read_slab(slab, place)
 
     def _base(self, i: int, half: int) -> int:
@@ -143,7 +147,5 @@ class Windows:
     def _read_slab(self, slab: tuple[int, int], place: int) -> None:
         first, last = slab
         where = slice(place, place + last - first)
-        for site, memory_ND in self._memory.items():
-            self._cache.read_into(site, first, memory_ND[where])
-            if site in self._scales:
-                self._cache.read_scales_into(site, first, self._scales[site][where])
+        rows = {site: memory_ND[where] for site, memory_ND in self._memory.items()}
+        self._cache.fill(first, rows, {site: scale_N[where] for site, scale_N in self._scales.items()})

@@ -28,6 +28,11 @@ def load(path: str | Path) -> Dictionary:
     if not folder.is_dir():
         raise CheckpointError(f"{given}: there is no such file or folder")
     names = {entry.name for entry in folder.iterdir()}
+    own = sorted(name for name in names if (folder / name / dictionary.CONFIG).is_file())
+    if own and "metrics.jsonl" in names:
+        raise CheckpointError(
+            f"{folder}: holds several dictionaries; load one of {', '.join(str(folder / name) for name in own)}"
+        )
     damaged = dictionary.TENSORS in names and "cfg.json" not in names  # sparsify's is called like that, too
     if dictionary.CONFIG in names or {"config.yaml", "metrics.jsonl"} <= names or damaged:
         return dictionary.load(folder)

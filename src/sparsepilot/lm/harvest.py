@@ -141,7 +141,7 @@ class _Taker:
         name = str(self._dtype).removeprefix("torch.")
         raise DataError(
             f"site {site!r}: row {self._first_row + row} holds {largest:.3g}, and {name} ends at {most:.3g}; "
-            "cache it with data.build.dtype=bfloat16"
+            "set data.build.dtype=bfloat16"
         )
 
 

@@ -59,6 +59,16 @@ class Packed:
     def num_val_rows(self) -> int:
         return self.num_rows - self.num_train_rows
 
+    def of(self, contexts: NDArray[np.int64]) -> Packed:
+        """These contexts alone, in this order, all of them for training."""
+        return Packed(
+            self.tokens_CL[contexts],
+            self.mask_CL[contexts],
+            self.documents_CL[contexts],
+            self.document_ids,
+            num_train_contexts=len(contexts),
+        )
+
     @cached_property
     def digest(self) -> str:
         """A hash of tokens, mask, documents and split: equal digests mean the same rows in the same order."""

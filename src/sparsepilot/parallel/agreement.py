@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from sparsepilot import ranks
-from sparsepilot.errors import SaidElsewhere, SparsepilotError
+from sparsepilot.errors import RankError, SaidElsewhere, SparsepilotError
 from sparsepilot.parallel.collectives import num_ranks, rank
 
 T = TypeVar("T")
@@ -24,6 +24,7 @@ T = TypeVar("T")
 WAIT = datetime.timedelta(days=7)
 """Rank 0 may build a cache while the others wait. That a rank is gone shows by its closed connection, not by time."""
 LINGER_S = 3.0
+GONE = "another rank of this run is gone; started again, it goes on from the last checkpoint"
 
 _control: dist.ProcessGroup | None = None
 _store: Store | None = None
@@ -44,11 +45,20 @@ def join(cuda: bool) -> None:
 
 
 def leave() -> None:
-    """The end of a run that went well: waits for the others and lets go of them."""
+    """The end of a run that went well: waits for the others and lets go of them.
+
+    Raises:
+        RankError: when one of them is gone.
+    """
     global _control, _store
     if _control is None:
         return
-    meet()
+    try:
+        meet()
+    except Exception as error:
+        if lost_a_rank(error):
+            raise RankError(GONE) from error
+        raise
     dist.destroy_process_group()
     _control = _store = None
     ranks.may_say.pop()

@@ -109,8 +109,9 @@ def _helper(panel: Panel, x: str, y: str) -> dict[str, Any]:
 def _trace(line: Line, x: str, y: str, picture: Picture) -> dict[str, Any]:
     num_runs = len(picture.run_labels)
     how = look(line, num_runs)
-    label = line.name if num_runs == 1 else picture.run_labels[line.run]
-    name = label if num_runs == 1 else f"{label}, {line.name}"
+    of_one = num_runs > 1 and line.run >= 0
+    label = picture.run_labels[line.run] if of_one else line.name
+    name = label if not of_one else f"{label}, {line.name}"
     trace: dict[str, Any] = {
         "x": list(line.x),
         "y": list(line.y),

@@ -50,6 +50,7 @@ class Line:
     num_points: int = 0
     """how many there were before thinning; 0: all are here"""
     run: int = 0
+    """whose it is; -1: it goes through several runs"""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """A name for each run, from what differs: `jumprelu, k=32`. Folders' names where nothing or not enough does.
+    """A name for each run, from what differs: `jumprelu, k=32`. Folders' names where nothing or not enough does; the
+    trainees of one run are called what they are called there.
 
     >>> def run(name, **config): return Run(name, config, [])
     >>> labels([run("a", k=8, lr=0.001), run("b", k=16, lr=0.001)])
@@ -41,6 +42,8 @@ def labels(runs: Sequence[Run]) -> list[str]:
     """
     if len(runs) == 1:
         return [runs[0].name]
+    if of_one_run(runs):
+        return [str(run.trainee) for run in runs]
     told = sorted((d for d in differences(runs) if _in_label(d)), key=_rank)
     short = [_short(difference.field, [other.field for other in told]) for difference in told]
     # all that differ: a long label is still true, a cut one could name two runs alike
@@ -52,6 +55,19 @@ def labels(runs: Sequence[Run]) -> list[str]:
         return made
     names = _folder_names(runs)
     return [f"{name}: {label}" if label else name for name, label in zip(names, made, strict=True)]
+
+
+def of_one_run(runs: Sequence[Run]) -> bool:
+    """Whether they are trainees of one run."""
+    return len({run.name.rpartition("/")[0] for run in runs}) == 1 and all(run.trainee for run in runs)
+
+
+def title(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """What a report of them is called."""
+    if len(runs) == 1:
+        return names[0]
+    several = of_one_run(runs)
+    return f"{runs[0].name.rpartition('/')[0]}: {len(runs)} dictionaries" if several else f"{len(runs)} runs"
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

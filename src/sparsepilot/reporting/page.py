@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from sparsepilot.reporting import labels
 from sparsepilot.reporting.as_plotly import figure
 from sparsepilot.reporting.figure import Picture
 from sparsepilot.reporting.runs import Run
@@ -22,15 +23,22 @@ PARTS = "page_parts"
 FEW_ROWS = 8
 
 
-def write_page(pictures: Sequence[Picture], runs: Sequence[Run], names: Sequence[str], path: Path) -> Path:
+def write_page(
+    pictures: Sequence[Picture],
+    runs: Sequence[Run],
+    names: Sequence[str],
+    path: Path,
+    table: Table | None = None,
+    title: str | None = None,
+) -> Path:
     """Writes the page. The plotting library (plotly.js) is put into it once."""
     from plotly.offline import get_plotlyjs
 
-    title = names[0] if len(runs) == 1 else f"{len(runs)} runs" if runs else pictures[0].title
+    title = title or (labels.title(runs, names) if runs else pictures[0].title)
     data = [{"name": picture.name, "title": picture.title, **figure(picture)} for picture in pictures]
     filled = {
         "TITLE": escape(title),
-        "HEADER": _header(title, runs, names),
+        "HEADER": _header(title, runs, names, table),
         "CARDS": "\n".join(_card(picture, span) for picture, span in zip(pictures, spans(pictures), strict=True)),
         "FOOT": _foot(runs, names),
         "STYLE": _part("page.css"),
@@ -51,11 +59,11 @@ def _part(name: str) -> str:
     return (resources.files(__package__) / PARTS / name).read_text(encoding="utf-8")
 
 
-def _header(title: str, runs: Sequence[Run], names: Sequence[str]) -> str:
+def _header(title: str, runs: Sequence[Run], names: Sequence[str], given: Table | None) -> str:
     if not runs:
-        return f"<h1>{escape(title)}</h1>"
-    table = results(runs, names)
-    if len(runs) == 1:
+        return f"<h1>{escape(title)}</h1>\n" + (_table(given, "results", chips=True) if given else "")
+    table = given or results(runs, names)
+    if len(runs) == 1 and not given:
         numbers = zip(table.head[1:], table.rows[0][1:], strict=True)
         tiles = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in numbers)
         return f'<h1>{escape(title)}</h1>\n<dl class="tiles">{tiles}</dl>'
@@ -88,10 +96,10 @@ def _table(table: Table, name: str, chips: bool) -> str:
         for i, text in enumerate(table.head)
     )
     body = "".join(
-        f'<tr><th scope="row">{_chip(i) if chips else ""}{escape(row[0])}</th>'
+        f'<tr><th scope="row">{_chip(run) if chips and run is not None else ""}{escape(row[0])}</th>'
         + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
         + "</tr>\n"
-        for i, row in enumerate(table.rows)
+        for run, row in zip(table.runs or range(len(table.rows)), table.rows, strict=True)
     )
     return (
         f'<div class="scroll"><table id="{name}"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sparsepilot.reporting import labels
 from sparsepilot.reporting.as_image import write_images
 from sparsepilot.reporting.figure import Picture
-from sparsepilot.reporting.labels import labels
 from sparsepilot.reporting.overlay import overlay
 from sparsepilot.reporting.page import PAGE, write_page
 from sparsepilot.reporting.pictures import registered
 from sparsepilot.reporting.runs import Run, read_runs
+from sparsepilot.reporting.tables import Table
 from sparsepilot.run_folder import RunFolder
 
 
@@ -22,7 +23,7 @@ def write_report(folders: Sequence[RunFolder], out: Path) -> Path:
         ConfigError: where a folder holds no run.
     """
     runs = [run for folder in folders for run in read_runs(folder)]
-    names = labels(runs)
+    names = labels.labels(runs)
     return write_pictures(draw_pictures(runs, names), runs, names, out)
 
 
@@ -31,13 +32,29 @@ def draw_pictures(runs: Sequence[Run], names: Sequence[str]) -> list[Picture]:
     return [overlay([draw(run) for run in runs], names) for draw in registered()]
 
 
-def write_pictures(pictures: Sequence[Picture], runs: Sequence[Run], names: Sequence[str], out: Path) -> Path:
-    """Writes `<picture>.png`, `<picture>.svg` and the page; returns the page."""
+def write_pictures(
+    pictures: Sequence[Picture],
+    runs: Sequence[Run],
+    names: Sequence[str],
+    out: Path,
+    table: Table | None = None,
+    title: str | None = None,
+) -> Path:
+    """Writes `<picture>.png`, `<picture>.svg` and the page; returns the page.
+
+    Args:
+        pictures: to write.
+        runs: that they are of, if any.
+        names: of the runs.
+        out: the folder.
+        table: what the page says about the runs instead of their results.
+        title: of the page; by default the run's name, or how many there are.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    subtitle = names[0] if len(runs) == 1 else f"{len(runs)} runs" if runs else ""
+    subtitle = title or (labels.title(runs, names) if runs else "")
     for picture in pictures:
         write_images(picture, out, subtitle)
-    return write_page(pictures, runs, names, out / PAGE)
+    return write_page(pictures, runs, names, out / PAGE, table, title)
 
 
 def report_or_say(folder: RunFolder, say: Callable[[str], None]) -> None:

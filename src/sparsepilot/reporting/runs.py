@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from omegaconf import OmegaConf
 
 from sparsepilot.errors import ConfigError
-from sparsepilot.rows import read_rows
+from sparsepilot.rows import read_rows, rows_of_trainee
 from sparsepilot.run_folder import RunFolder
 
 
@@ -21,12 +20,14 @@ class Run:
     """One dictionary's training, as its folder tells it."""
 
     name: str
-    """the folder, with the trainee's name where there are several"""
+    """the folder; of one of several trainees, its own in there"""
     config: dict[str, Any]
     rows: Sequence[dict[str, Any]]
     summary: dict[str, Any] = field(default_factory=dict)
     """empty for a run that has not ended"""
     timing: Sequence[dict[str, Any]] = ()
+    trainee: str | None = None
+    """its name, of one of several trainees"""
 
     @property
     def batch(self) -> int:
@@ -63,32 +64,33 @@ class Run:
 
 
 def read_runs(folder: RunFolder) -> list[Run]:
-    """The run of a folder; one for each trainee where it trains several.
+    """The run of a folder; one for each trainee where it trains several, or the one whose own folder it is.
 
     Raises:
         ConfigError: where no run lies there.
     """
     if not folder.exists():
         raise ConfigError(f"run_dir = {folder.path}: there is no run here (no config.yaml)")
-    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder.config)))
-    summary = json.loads(folder.summary.read_text(encoding="utf-8")) if folder.summary.exists() else {}
-    rows, timing = list(read_rows(folder.metrics)), list(read_rows(folder.timing))
-    prefixes = sorted({match[1] for row in rows for key in row if (match := re.fullmatch(r"(.*/)?train/loss", key))},
-                      key=lambda prefix: prefix or "")  # fmt: skip
-    name = str(folder.path)
-    if not any(prefixes):
-        return [Run(name, config, rows, summary, timing)]
-    return [
-        Run(f"{name}: {prefix.rstrip('/')}", config, list(_of_trainee(rows, prefix, prefixes)), summary, timing)
-        for prefix in prefixes
-        if prefix
-    ]
+    above = RunFolder(folder.path.parent)
+    if not folder.metrics.exists() and above.exists() and folder.path.name in (_config(above).get("trainees") or {}):
+        return [run for run in read_runs(above) if run.trainee == folder.path.name]
+    config, rows, timing = _config(folder), list(read_rows(folder.metrics)), list(read_rows(folder.timing))
+    names = list(config.get("trainees") or {})
+    if not names:
+        return [Run(str(folder.path), config, rows, _summary(folder), timing)]
+    runs = []
+    for name in names:
+        own = folder.of_trainee(name)
+        own_rows = list(rows_of_trainee(rows, name, names))
+        own_config = _config(own) if own.exists() else config
+        runs.append(Run(str(own.path), own_config, own_rows, _summary(own), timing, name))
+    return runs
 
 
-def _of_trainee(
-    rows: Sequence[dict[str, Any]], prefix: str, prefixes: Sequence[str | None]
-) -> Iterator[dict[str, Any]]:
-    """The rows with this trainee's values under their plain keys, and without those of the others."""
-    others = tuple(p for p in prefixes if p and p != prefix)
-    for row in rows:
-        yield {key.removeprefix(prefix): value for key, value in row.items() if not key.startswith(others or ("\0",))}
+def _config(folder: RunFolder) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder.config)))
+
+
+def _summary(folder: RunFolder) -> dict[str, Any]:
+    """Empty for a run that has not ended."""
+    return json.loads(folder.summary.read_text(encoding="utf-8")) if folder.summary.exists() else {}

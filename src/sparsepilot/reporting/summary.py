@@ -12,40 +12,71 @@ from sparsepilot.reporting.page import PAGE
 from sparsepilot.run_folder import RunFolder
 
 
-def print_end(console: Console, folder: RunFolder, summary: Mapping[str, Any], d_sae: int, command: str) -> None:
-    """The result table and what to try next; `command` is the one that the user gave."""
+def print_end(
+    console: Console, folder: RunFolder, summary: Mapping[str, Any], widths: Mapping[str, int], command: str
+) -> None:
+    """The result table and what to try next.
+
+    Args:
+        console: where to.
+        folder: of the run.
+        summary: of the run.
+        widths: latents of each trainee, by the prefix of its metrics.
+        command: the one that the user gave.
+    """
     metrics = summary["metrics"]
-    table = Table(title="result", show_header=False, title_justify="left")
+    own = {
+        prefix: {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+        for prefix in widths
+    }
+    several = len(widths) > 1
+    table = Table(title="result", show_header=several, title_justify="left")
     table.add_column(style="bold")
-    table.add_column()
+    for prefix in widths:
+        table.add_column(prefix.rstrip("/"))
+    each = [_results(own[prefix], d_sae) for prefix, d_sae in widths.items()]
+    for name in dict.fromkeys(name for results in each for name in results):
+        table.add_row(name, *(results.get(name, "-") for results in each))
     rows = [
-        ("L0 (validation)", _number(metrics.get("val/l0"))),
-        ("FVU (validation)", _number(metrics.get("val/fvu"))),
-        ("dead latents", f"{metrics.get('train/dead_latents', 0):,} of {d_sae:,}"),
-        ("silent over a whole pass", f"{metrics['val/silent_latents']:,}" if "val/silent_latents" in metrics else "-"),
         ("samples", f"{summary['samples']:,}"),
         ("samples/s", f"{summary['samples_per_s']:,.0f}"),
         ("run folder", str(folder.path)),
     ]
     if (folder.report / PAGE).exists():
         rows.append(("report", str(folder.report / PAGE)))
-    if "val/recovery" in metrics:
-        rows.insert(2, ("planted features recovered", f"mean cosine {metrics['val/recovery']:.3f}"))
-    if "val/ce" in metrics:
-        rows.insert(2, ("cross-entropy (validation)", _cross_entropy(metrics)))
-    for name, value in rows:
-        table.add_row(name, value)
+    for row in rows:
+        if not several:
+            table.add_row(*row)
     console.print(table)
+    for name, value in rows:
+        if several:
+            console.print(f"{name}: {value}", highlight=False)
     python = command.partition(" ")[0]
+    first, d_sae = next(iter(widths.items()))
+    wider = f"  {command} model.d_sae={2 * d_sae}   # a dictionary twice as wide on the same cache\n"
+    saved = folder.of_trainee(first.rstrip("/")).path if several else folder.path
     console.print(
         "next:\n"
         f"  {command} run_dir={folder.path} samples={2 * summary['samples']}   # train it for longer\n"
-        f"  {command} model.d_sae={2 * d_sae}   # a dictionary twice as wide on the same cache\n"
+        f"{'' if several else wider}"
         f"  {python} scripts/report.py 'run_dir=[{folder.path},...]'   # draw it beside others\n"
-        f"  {python} -c \"import sparsepilot; print(sparsepilot.load('{folder.path}'))\"   # use it",
+        f"  {python} -c \"import sparsepilot; print(sparsepilot.load('{saved}'))\"   # use it",
         highlight=False,
         markup=False,
     )
+
+
+def _results(metrics: Mapping[str, Any], d_sae: int) -> dict[str, str]:
+    """What is told of one dictionary."""
+    silent = metrics.get("val/silent_latents")
+    rows = {"L0 (validation)": _number(metrics.get("val/l0")), "FVU (validation)": _number(metrics.get("val/fvu"))}
+    if "val/ce" in metrics:
+        rows["cross-entropy (validation)"] = _cross_entropy(metrics)
+    if "val/recovery" in metrics:
+        rows["planted features recovered"] = f"mean cosine {metrics['val/recovery']:.3f}"
+    rows["dead latents"] = f"{metrics.get('train/dead_latents', 0):,} of {d_sae:,}"
+    rows["silent over a whole pass"] = "-" if silent is None else f"{silent:,}"
+    return rows
 
 
 def print_sizes(console: Console, sizes: Mapping[str, str]) -> None:

@@ -15,6 +15,8 @@ class Table(NamedTuple):
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    runs: Sequence[int | None] | None = None
+    """which run each row is about, None for one about none; by default they are in the order of the rows"""
 
 
 def results(runs: Sequence[Run], names: Sequence[str]) -> Table:

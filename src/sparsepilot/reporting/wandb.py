@@ -116,12 +116,15 @@ def send_features(run: Any, folder: RunFolder) -> None:
     """Logs the latents that scripts/features.py drew, as a table; nothing where it was not run."""
     import wandb
 
-    path, rows = folder.features / "sample.json", list(read_rows(folder.metrics))
-    if path.is_file() and rows:
-        latents = json.loads(path.read_text(encoding="utf-8"))
-        columns = list(latents[0]) if latents else []
-        table = wandb.Table(columns=columns, data=[[latent[name] for name in columns] for latent in latents])
-        run.log({"features/sample": table, "samples": rows[-1]["samples"]}, step=max(rows[-1]["step"], run.step))
+    rows = list(read_rows(folder.metrics))
+    samples = {"features/sample": folder.features / "sample.json"}
+    samples |= {f"{p.parts[-3]}/features/sample": p for p in sorted(folder.path.glob("*/features/sample.json"))}
+    for key, path in samples.items():
+        if path.is_file() and rows:
+            latents = json.loads(path.read_text(encoding="utf-8"))
+            columns = list(latents[0]) if latents else []
+            table = wandb.Table(columns=columns, data=[[latent[name] for name in columns] for latent in latents])
+            run.log({key: table, "samples": rows[-1]["samples"]}, step=max(rows[-1]["step"], run.step))
 
 
 class LiveRun:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, cast
 
 import lightning as L
@@ -38,7 +38,7 @@ class TrainingModule(L.LightningModule):
         trainees: by name; with one alone, metric keys drop its name.
         validations: the held-out measurement of each trainee, under the same names.
         optimizer: makes the optimizer from parameter groups; a group's `lr_scale` multiplies the schedule.
-        schedule: the learning rate at a place on the sample clock.
+        schedules: of each trainee, the learning rate at a place on the sample clock.
         batch: rows per optimizer step, over all ranks and micro-batches.
         total_samples: the budget.
         clip_norm: each trainee's gradient is scaled down to this norm; None leaves it.
@@ -51,7 +51,7 @@ class TrainingModule(L.LightningModule):
         trainees: dict[str, Trainee],
         validations: dict[str, Validation],
         optimizer: Callable[[list[dict[str, Any]]], Optimizer],
-        schedule: Schedule,
+        schedules: Mapping[str, Schedule],
         batch: int,
         total_samples: int,
         clip_norm: float | None = None,
@@ -62,7 +62,7 @@ class TrainingModule(L.LightningModule):
         self.trainees = nn.ModuleDict(trainees)
         self.validations = nn.ModuleDict(validations)
         self._make_optimizer = optimizer
-        self.schedule = schedule
+        self.schedules = dict(schedules)
         self.batch = batch
         self.total_samples = total_samples
         self.clip_norm = clip_norm
@@ -74,6 +74,8 @@ class TrainingModule(L.LightningModule):
         """Metrics of the optimizer step just taken, where they are due."""
         self.val_row: Row | None = None
         """Metrics of the last validation."""
+        self.to_validate: Collection[str] = tuple(trainees)
+        """Names of the trainees that the next validation is of."""
         self._micro_batches: list[Batch] = []
         self._health = Readback()
 
@@ -131,13 +133,14 @@ class TrainingModule(L.LightningModule):
 
         All of it happens before any callback sees the end of the step, so a checkpoint never holds half a step.
         """
-        lr = self.schedule(self.samples, self.total_samples)
+        lrs = {name: schedule(self.samples, self.total_samples) for name, schedule in self.schedules.items()}
         for group in optimizer.param_groups:
+            lr = lrs[group.get("trainee", next(iter(lrs)))]
             group["lr"] = lr * group.get("lr_scale", 1.0)
         optimizer.step(closure=optimizer_closure)  # runs the micro-batch's forward and backward, too
         faults.point("mid-step")
         self.samples += self.batch
-        self.train_row = self._make_train_row(lr) if self._row_is_due() else None
+        self.train_row = self._make_train_row(lrs) if self._row_is_due() else None
         for _, trainee in self.each():
             trainee.advance(self.samples)
             trainee.revive(self._rows_to_measure(), _inner(optimizer), self.samples)
@@ -161,42 +164,53 @@ class TrainingModule(L.LightningModule):
         return any(isinstance(parameter, DTensor) for parameter in self.parameters())
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        """Within it every rank can read all parameters, as a validation does: gathered once, where they are spread."""
+    def whole(self, names: Collection[str]) -> Iterator[None]:
+        """Within it every rank can read all parameters of these trainees, as a validation does: gathered once, where
+        they are spread."""
         with contextlib.ExitStack() as stack:
-            for _, trainee in self.each():
-                stack.enter_context(whole(trainee))
+            for name in names:
+                stack.enter_context(whole(self.trainees[name]))
             yield
 
     def configure_optimizers(self) -> Optimizer:
         """One optimizer; each trainee's parameters are groups of their own."""
-        return self._make_optimizer([group for _, trainee in self.each() for group in trainee.parameter_groups()])
+        groups = []
+        for name, trainee in self.trainees.items():
+            named = {"trainee": name} if len(self.trainees) > 1 else {}
+            groups += [{**group, **named} for group in _trainee(trainee).parameter_groups()]
+        return self._make_optimizer(groups)
 
     # ------------------------------------------------------------------------------------------------ validation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch of held-out rows to each trainee's validation."""
-        for validation in self.validations.values():
-            cast(Validation, validation).update(batch.x_BD)
+        """Adds a batch of held-out rows to the validations."""
+        for name in self.to_validate:
+            cast(Validation, self.validations[name]).update(batch.x_BD)
 
     def on_validation_epoch_end(self) -> None:
         """Closes the validation into `val_row`."""
         last = self.step >= self.total_steps
-        self.val_row = self._observed(lambda validation: validation.finish(self.samples, last))
+        self.val_row = self._observed(self.to_validate, lambda validation: validation.finish(self.samples, last))
 
-    def wants_validation(self) -> bool:
-        """Whether a controller needs a validation after the step just taken."""
-        return any(trainee.controller.wants_validation(self.samples) for _, trainee in self.each())
+    def want_validation(self) -> list[str]:
+        """The trainees whose controllers need a validation after the step just taken. To be asked once a step."""
+        return [n for n, t in self.trainees.items() if _trainee(t).controller.wants_validation(self.samples)]
 
-    def measure_cross_entropy(self) -> Row:
-        """A row of the language model's figures alone, between two validations."""
-        return self._observed(lambda validation: validation.cross_entropy(often=True))
+    def measures_cross_entropy(self, name: str) -> bool:
+        """Whether the language model is run with this trainee's reconstruction."""
+        return cast(Validation, self.validations[name]).measures_cross_entropy
 
-    def _observed(self, measure: Callable[[Validation], Row]) -> Row:
-        """The row of a measurement of each trainee, who hears of its own."""
+    def measure_cross_entropy(self, names: Collection[str]) -> Row:
+        """A row of the language model's figures alone, between two validations of these trainees."""
+        return self._observed(names, lambda validation: validation.cross_entropy(often=True))
+
+    def _observed(self, names: Collection[str], measure: Callable[[Validation], Row]) -> Row:
+        """The row of a measurement of some trainees, each of whom hears of its own."""
         row = self.clock()
-        for (prefix, trainee), validation in zip(self.each(), self.validations.values(), strict=True):
-            own = measure(cast(Validation, validation))
+        for name, (prefix, trainee) in zip(self.trainees, self.each(), strict=True):
+            if name not in names:
+                continue
+            own = measure(cast(Validation, self.validations[name]))
             own |= trainee.observe(own, self.samples)
             row |= {prefix + key: value for key, value in own.items()}
         return row
@@ -211,9 +225,9 @@ class TrainingModule(L.LightningModule):
         step = self.step
         return step <= LOG_EACH_OF_FIRST_STEPS or step % self.log_every_steps == 0 or step >= self.total_steps
 
-    def _make_train_row(self, lr: float) -> Row:
+    def _make_train_row(self, lrs: Mapping[str, float]) -> Row:
         row = self.clock()
-        for prefix, trainee in self.each():
+        for lr, (prefix, trainee) in zip(lrs.values(), self.each(), strict=True):
             measured = trainee.measurement()
             row[f"{prefix}train/loss"] = measured.loss
             for name, value in measured.terms.items():
@@ -222,7 +236,7 @@ class TrainingModule(L.LightningModule):
             row[f"{prefix}train/fvu"] = measured.fvu
             row[f"{prefix}train/dead_latents"] = int(trainee.dead.dead_mask().sum())
             row |= {f"{prefix}controller/{name}": value for name, value in trainee.controller.readings().items()}
-        row["train/lr"] = lr
+            row[f"{prefix}train/lr"] = lr
         return row
 
     # ------------------------------------------------------------------------------------------------ NaN
@@ -243,7 +257,7 @@ class TrainingModule(L.LightningModule):
                 if not bad:
                     continue
                 term = "gradient of " + ", ".join(bad)
-            raise NonFiniteError(f"{prefix}{term} is not finite at {where}; {self._bad_rows()}")
+            raise NonFiniteError(f"{prefix.replace('/', ': ')}{term} is not finite at {where}; {self._bad_rows()}")
         raise NonFiniteError(f"a loss or gradient was not finite just before {where}")
 
     def _bad_rows(self) -> str:

@@ -64,6 +64,11 @@ class Validation(nn.Module):
         self._cross_entropy = cross_entropy
         self._correction = 1.0
 
+    @property
+    def measures_cross_entropy(self) -> bool:
+        """Whether the language model is run."""
+        return self._cross_entropy is not None
+
     @torch.no_grad()
     def update(self, x_BD: Tensor) -> None:
         """x_BD: [B, D_all] raw validation activations."""

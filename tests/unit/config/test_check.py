@@ -88,6 +88,10 @@ def test_bad_values(compose_cfg, override: str, message: str) -> None:
         (("model=gated", "model.coefficient=-1"), "model.coefficient = -1: should be greater than or equal to 0"),
         (("controller=ramp", "controller.until=0"), "controller.until = 0: should be greater than 0"),
         (("model=topk", "model/revival=resample", "model.revival.until=7"), "model.revival.until = 7: should be less"),
+        (
+            ("trainer=ddp_gloo", "trainer.devices=4", "data.num_streams=2"),
+            "4 ranks cannot share data.num_streams = 2 equally; so many can: 1, 2",
+        ),
         (("model=topk", "model.anneal_k_from=5000"), "model.anneal_k_from = 5000: should lie between model.k"),
         (("model=topk", "model.k=8", "model.anneal_k_from=2"), "model.anneal_k_from = 2: should lie between model.k"),
         (("callbacks.best_by=val/ce",), "callbacks.best_by = val/ce: is not measured; set cross_entropy=spliced"),
@@ -150,7 +154,7 @@ def test_every_option_of_every_group_passes(compose_cfg, option: str) -> None:
     cfg: DictConfig = compose_cfg(option, *filling.get(option, ()))
     check(cfg)
     assert cfg.run_dir.startswith("runs/")
-    if option.startswith(("data", "lm", "text")) and option != "data=cache":
+    if option.startswith(("data", "lm", "text")) and option not in ("data=cache", "data=live"):
         check_cache(compose_cfg(option, *filling.get(option, ()), config="cache"))
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import tiny_cache
 import torch
 
 from sparsepilot.data.cache import Cache
+from sparsepilot.data.files import one_at_a_time
 from sparsepilot.data.plan import CachePlan
 from sparsepilot.data.writer import CacheWriter, create, seal
 from sparsepilot.errors import ConfigError, DataError
@@ -228,3 +230,21 @@ def test_default_sizes_go_by_bytes() -> None:
     assert (plan.chunk_rows, plan.shard_rows) == (256, 65536)
     plan = CachePlan(10**9, 0, {f"layers.{i}": 8192 for i in range(30)}, "float32")
     assert (plan.chunk_rows, plan.shard_rows) == (16, 128)
+
+
+def test_of_two_that_want_to_make_a_cache_one_waits(tmp_path: Path) -> None:
+    order, begun, waits = [], threading.Event(), threading.Event()
+
+    def second() -> None:
+        begun.wait()
+        with one_at_a_time(tmp_path / "new" / "cache", waits.set):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with one_at_a_time(tmp_path / "new" / "cache", lambda: order.append("should not wait")):
+        begun.set()
+        assert waits.wait(30)
+        order.append("first")
+    thread.join(30)
+    assert order == ["first", "second"]

@@ -27,7 +27,7 @@ from sparsepilot.lm.held_out import contexts_of_rows
 from sparsepilot.lm.load import load
 from sparsepilot.lm.seam import Seam
 from sparsepilot.lm.splice import SplicedCrossEntropy
-from sparsepilot.rows import read_rows
+from sparsepilot.rows import read_rows, rows_of_trainee
 from sparsepilot.run import train
 from sparsepilot.run_folder import RunFolder
 
@@ -136,6 +136,33 @@ def test_a_transcoder_and_the_rows_that_its_trainee_hears(
     clock = ("step", "samples", "tokens")
     assert heard == [(row["samples"], {k: v for k, v in row.items() if k not in clock}) for row in rows]
     assert len({row["val/ce"] for row in rows}) == 8
+
+
+def test_several_trainees_share_the_language_model_and_measure_as_alone(
+    compose_cfg: Any, overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr("sparsepilot.cross_entropy.load", lambda **lm: loaded.append(lm["id"]) or load(**lm))
+    site = "model.layers.2,model.layers.1.mlp:in,model.layers.1.mlp"
+    pareto, constrained = ("+controller@trainees.{}.controller={}".format(*pair) for pair in
+                           (("steps", "pareto"), ("held", "constrained")))  # fmt: skip
+    fields = {
+        # asks at step 6 and is validated; of the others the smaller text is measured there
+        "steps": ("model.sites=[model.layers.2]", "controller.targets=[16,12,8]"),
+        "held": ("model.sites=[model.layers.2]", "controller.quality=ce_increase", "controller.target=0.01"),
+        "over": ("model.sites={read:[model.layers.1.mlp:in],write:[model.layers.1.mlp]}", "model.d_sae=80"),
+    }
+    given = [f"++trainees.{name}.{field}" for name, own in fields.items() for field in own]
+    train(compose_cfg(*overrides(pareto, constrained, "+trainees.none.cross_entropy=null", *given, site=site)))
+    assert len(loaded) == 1
+    rows, names = list(read_rows(tmp_path / "run" / "metrics.jsonl")), [*fields, "none"]
+    assert [row["step"] for row in rows if "steps/val/fvu" in row] == [6, 8, 11, 16]
+    for name, own in fields.items():
+        controller = {"steps": ["controller=pareto"], "held": ["controller=constrained"]}.get(name, [])
+        train(compose_cfg(*overrides(*controller, *own, f"run_dir={tmp_path}/{name}", site=site)))
+        assert list(rows_of_trainee(rows, name, names)) == list(read_rows(tmp_path / name / "metrics.jsonl")), name
+    assert not any("none/val/ce" in row for row in rows)
+    assert any("none/val/fvu" in row for row in rows)
 
 
 @pytest.mark.parametrize(

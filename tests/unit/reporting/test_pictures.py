@@ -239,7 +239,7 @@ def test_quantities_are_not_mixed_in_one_panel() -> None:
 
 
 def test_each_trainee_of_a_run_is_a_run_of_its_own(tmp_path: Path) -> None:
-    path = write_reference_run(tmp_path / "run", samples=10 * BATCH)
+    path = write_reference_run(tmp_path / "run", samples=10 * BATCH, trainees={"one": {}, "two": {}})
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     clock = ("step", "samples", "tokens", "train/lr")
     doubled = [
@@ -250,7 +250,7 @@ def test_each_trainee_of_a_run_is_a_run_of_its_own(tmp_path: Path) -> None:
     ]  # fmt: skip
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in doubled))
     one, two = read_runs(RunFolder(path))
-    assert [run.name.rpartition(": ")[2] for run in (one, two)] == ["one", "two"]
+    assert [run.name.rpartition("/")[2] for run in (one, two)] == ["one", "two"]
     assert two.series("step", "train/l0")[1] == [2 * v for v in one.series("step", "train/l0")[1]]
     assert one.rows == rows
     assert len(set(labels([one, two]))) == 2

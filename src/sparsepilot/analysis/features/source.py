@@ -55,7 +55,11 @@ def open_source(run_dir: str, cache_path: str | None = None) -> Source:
         raise ConfigError(f"run_dir = {run_dir}: there is no run here (no config.yaml)")
     sae = load_dictionary(folder.path)
     config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder.config)))
-    path = cache_path or config["data"]["path"]
+    path = cache_path or config["data"].get("path")
+    if path is None:
+        raise ConfigError(
+            f"run_dir = {run_dir}: its rows were live and are not kept; give a cache of its sites, cache=..."
+        )
     if not isinstance(path, str):
         raise ConfigError(
             f"run_dir = {run_dir}: its data.path names several caches, whose tokens are read by several models; the "

@@ -1,0 +1,86 @@
+"""A run as a member of a sweep: one that fails is noted and does not stop the others; at the end all is told."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from sparsepilot import launch, slurm
+from sparsepilot.ranks import speaks_first
+from sparsepilot.sweep_folder import Member, Place, SweepFolder, differing
+
+led: list[Place] = []
+"""Members that this process has trained, or has had a cluster train."""
+
+
+class Record:
+    """What this process notes about the member that it trains.
+
+    Of several ranks the first one does, or the process that has started them; what only one of them knows of an
+    error, that one notes.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._sweep = SweepFolder(place.sweep)
+        self._notes = speaks_first("") and launch.handed is None
+
+    def begin(self, cfg: DictConfig) -> None:
+        """It starts, perhaps not for the first time."""
+        if self._notes:
+            if not slurm.by_submitit():
+                led.append(self.place)
+            overrides = [str(word) for word in HydraConfig.get().overrides.task]
+            self._sweep.write(Member(self.place.number, overrides, str(cfg.run_dir), "running"))
+
+    def done(self, cfg: DictConfig) -> None:
+        """It has ended well; `resume=never` may have found another folder for it."""
+        if self._notes:
+            member = self._sweep.member(self.place.number)
+            self._sweep.write(replace(member, run_dir=str(cfg.run_dir), status="done"))
+
+    def failed(self, line: str, knows: bool) -> None:
+        """It has ended with an error; where another process knows more of it (`knows` is false), that stays."""
+        with contextlib.suppress(OSError):  # of a full disk the user is told on the screen
+            if knows or (self._notes and self._sweep.member(self.place.number).error is None):
+                self._sweep.mark(self.place.number, "failed", line)
+
+    def left(self) -> None:
+        """A signal has ended it, with everything saved."""
+        with contextlib.suppress(OSError):
+            if slurm.queued_again:
+                self._sweep.mark(self.place.number, "requeued")
+            elif self._notes and self._sweep.member(self.place.number).status != "requeued":
+                self._sweep.mark(self.place.number, "stopped")
+                if not slurm.by_submitit():
+                    print(
+                        f"the sweep ends here; the same line with hydra.sweep.dir={self._sweep.path} goes on",
+                        flush=True,
+                    )
+
+
+def conclude(led: Sequence[Place]) -> None:
+    """Says at the end of a sweep how its members stand, a line for each that is not done.
+
+    Raises:
+        SystemExit: with status 1 where one is not done.
+    """
+    if not led:
+        return
+    sweep = SweepFolder(led[0].sweep)
+    members = [sweep.member(place.number) for place in led]
+    done = [member for member in members if member.status == "done"]
+    print(f"sweep {sweep.path}: {len(done)} of {len(members)} members are done")
+    print(f"  python scripts/report.py sweep_dir={sweep.path}   # a table of all, and what sparsity costs")
+    sys.stdout.flush()
+    for member, words in zip(members, differing(members), strict=True):
+        if member.status != "done":
+            why = member.error or f"run_dir={member.run_dir}"
+            print(f"{member.status}: {replace(member, overrides=words).told()}: {why}", file=sys.stderr)
+    if len(done) < len(members):
+        raise SystemExit(1)

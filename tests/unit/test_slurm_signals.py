@@ -1,0 +1,74 @@
+"""What a job asks of Slurm when a signal comes before training: once, by one rank, and only where it is due."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from sparsepilot import slurm
+
+SCONTROL = """#!/bin/sh
+echo "$@" >> {log}
+if [ "$1" = show ]; then echo "JobId=7 PreemptTime={preempt} Reason=None"; fi
+"""
+JOB = """
+import os, signal, sys, time
+from sparsepilot import slurm
+slurm.leave_during_start_up()
+for number in sys.argv[1:]:
+    os.kill(os.getpid(), getattr(signal, number))
+print("went on", slurm.asked_early)
+"""
+
+
+def job(tmp_path: Path, *signals: str, preempted: bool = False, **environment: str) -> tuple[int, str, list[str]]:
+    """A process of job 7 that gets these signals: its exit status, what it printed, what it asked of Slurm."""
+    log, program = tmp_path / "asked", tmp_path / "scontrol"
+    program.write_text(SCONTROL.format(log=log, preempt="2026-01-01T00:00:00" if preempted else "None"))
+    program.chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src"), "SLURM_JOB_ID": "7"}
+    command, env = [sys.executable, "-c", JOB, *signals], {**os.environ, **path, **environment}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    return done.returncode, done.stdout, log.read_text().splitlines() if log.exists() else []
+
+
+BACK = "job 7 goes back into the queue\n"
+
+
+@pytest.mark.slow  # a process each
+def test_a_signal_before_training_puts_the_job_back_once(tmp_path: Path) -> None:
+    assert job(tmp_path, "SIGUSR1", "SIGUSR1", "SIGTERM") == (0, BACK, ["requeue 7"])
+
+
+@pytest.mark.slow  # a process each
+def test_under_submitit_it_is_the_signal_that_submitit_has_sent(tmp_path: Path) -> None:
+    submitit = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "2"}
+    back = BACK.replace("7", "6_2")
+    assert job(tmp_path, "SIGUSR2", **submitit) == (0, back, ["requeue 6_2"])
+
+
+@pytest.mark.slow  # a process each
+@pytest.mark.parametrize("preempted", [True, False])
+def test_sigterm_means_later_only_where_slurm_wants_the_room(tmp_path: Path, preempted: bool) -> None:
+    code, out, asked = job(tmp_path, "SIGTERM", preempted=preempted)
+    assert asked == ["show job 7"] + ["requeue 7"] * preempted
+    assert (code, out) == ((0, BACK) if preempted else (-15, ""))
+
+
+@pytest.mark.slow  # a process each
+def test_one_rank_asks_and_the_others_remember(tmp_path: Path) -> None:
+    rank = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    assert job(tmp_path, "SIGUSR1", **rank) == (0, "went on [10]\n", [])
+
+
+def test_outside_of_slurm_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("SLURM", "SUBMITIT"))]:
+        monkeypatch.delenv(name)
+    assert slurm.job() is None
+    assert not any(slurm.belongs_back(number) for number in slurm.stop_signals())
