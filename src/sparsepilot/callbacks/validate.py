@@ -43,11 +43,11 @@ class ValidateEvery(L.Callback):
             wanted = names
         if wanted:
             pl_module.to_validate = wanted
-            with pl_module.whole():
+            with pl_module.whole(wanted):
                 _run_validation_loop(trainer)
         rest = [name for name in names if name not in wanted and pl_module.measures_cross_entropy(name)]
         if rest and self.cross_entropy_every_samples and _crossed(pl_module, self.cross_entropy_every_samples):
-            with self._log.apart_from_training(), pl_module.whole():
+            with self._log.apart_from_training(), pl_module.whole(rest):
                 self._log.write(trainer, pl_module.measure_cross_entropy(rest))
 
 

@@ -165,11 +165,12 @@ class TrainingModule(L.LightningModule):
         return any(isinstance(parameter, DTensor) for parameter in self.parameters())
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        """Within it every rank can read all parameters, as a validation does: gathered once, where they are spread."""
+    def whole(self, names: Collection[str]) -> Iterator[None]:
+        """Within it every rank can read all parameters of these trainees, as a validation does: gathered once, where
+        they are spread."""
         with contextlib.ExitStack() as stack:
-            for _, trainee in self.each():
-                stack.enter_context(whole(trainee))
+            for name in names:
+                stack.enter_context(whole(self.trainees[name]))
             yield
 
     def configure_optimizers(self) -> Optimizer:
