@@ -51,9 +51,9 @@ FOUR = ("topk", "batchtopk", "jumprelu", "resampling", "accumulated")
 """Cases that four ranks train, too; for the others two must do."""
 DIVIDED = {
     "topk": (2, 4),
-    "batchtopk": (2, 4),
+    "batchtopk": (4,),
     "jumprelu, steered": (2, 4),
-    "resampling": (4,),
+    "resampling": (2,),
     "accumulated": (2,),
     "muon": (2,),
 }
