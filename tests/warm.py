@@ -42,6 +42,7 @@ class Warm:
         world: int,
         arguments: list[str],
         environment: Mapping[str, str],
+        *,
         file_bytes: Mapping[int, int] | None = None,
     ) -> list[Ended]:
         """So many ranks of one run, as torchrun would start them, until all have ended.

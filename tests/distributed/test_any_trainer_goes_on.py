@@ -29,18 +29,16 @@ STEPS = 8
 
 
 class Ranks:
-    """A launcher for `RunUnderTest`: so many ranks of a trainer in the place of one; what is armed is armed for one."""
+    """A launcher for `RunUnderTest`: so many ranks of a trainer in the place of one."""
 
-    def __init__(self, warm: Warm, world: int, options: tuple[str, ...], armed_rank: int = 0) -> None:
-        self.warm, self.world, self.options, self.armed_rank = warm, world, options, armed_rank
+    def __init__(self, warm: Warm, world: int, options: tuple[str, ...]) -> None:
+        self.warm, self.world, self.options = warm, world, options
 
     def __call__(self, arguments: list[str], environment: Mapping[str, str]) -> Ended:
         if self.world == 1:
             return self.warm(arguments, environment)
-        armed = {key: value for key, value in environment.items() if key.startswith(("SPARSEPILOT_FAULT", "KILLING"))}
-        rest = {key: value for key, value in environment.items() if key not in armed}
         options = [*self.options, f"trainer.devices={self.world}"]
-        ended = self.warm.ranks(self.world, arguments + options, rest, {self.armed_rank: armed})
+        ended = self.warm.ranks(self.world, arguments + options, environment)
         codes = [e.code for e in ended]
         return Ended(min(codes) if min(codes) < 0 else max(codes), "".join(e.out for e in ended))
 
@@ -82,10 +80,8 @@ def test_a_killed_grid_ends_as_an_unbroken_one(warm: Warm, tmp_path: Path) -> No
     grid = (SHARED, "trainer.strategy.features=2")
     unbroken = RunUnderTest(tmp_path / "unbroken", tmp_path / "cache", launcher=Ranks(warm, 4, grid))
     assert unbroken.start().code == 0
-    run = RunUnderTest(
-        tmp_path / "run", tmp_path / "cache", 1, unbroken.folder, launcher=Ranks(warm, 4, grid, armed_rank=3)
-    )
-    assert run.kill(Kill("mid-step", "mid-step", 47, 0.0), tmp_path / "fault.log")["problems"] == []
+    run = RunUnderTest(tmp_path / "run", tmp_path / "cache", 1, unbroken.folder, launcher=Ranks(warm, 4, grid))
+    assert run.kill(Kill("mid-step", "mid-step", 47, 0.0, rank=3), tmp_path / "fault.log")["problems"] == []
     report = run.finish()
     assert report["problems"] == []
     assert report["differences"] == []

@@ -250,17 +250,16 @@ def test_two_ranks_train_as_one_and_one_goes_on_for_two(overrides: Overrides, tm
     def watched(name: str, *more: str) -> list[str]:
         return ["tests/distributed/watched.py", *overrides(f"run_dir={tmp_path}/{name}", "samples=4096", *more)]
 
-    def environment(name: str) -> dict[str, str]:
-        return {"WATCHED": f"{tmp_path}/{name}-{{rank}}.jsonl"}
+    def environment(name: str, **more: str) -> dict[str, str]:
+        return {"WATCHED": f"{tmp_path}/{name}-{{rank}}.jsonl", **more}
 
     def seen(name: str, rank: int = 0) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (tmp_path / f"{name}-{rank}.jsonl").read_text().splitlines()]
 
     assert warm(watched("one"), environment("one")).code == 0
     two = ["trainer=ddp_gloo", "trainer.devices=2"]
-    for rank, ended in enumerate(
-        warm.ranks(2, watched("two", *two), environment("two"), {1: {"SPARSEPILOT_FAULT": "mid-step:11"}})
-    ):
+    killed = environment("two", SPARSEPILOT_FAULT="mid-step:11@1")
+    for rank, ended in enumerate(warm.ranks(2, watched("two", *two), killed)):
         assert ended.code != 0, (rank, ended.out)
     ended = warm(watched("two"), environment("after"))
     assert ended.code == 0, ended.out
