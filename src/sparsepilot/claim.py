@@ -110,8 +110,11 @@ def claim_together(run_dir: str, resume: str, config: dict[str, Any]) -> Claim:
     return own[0] if own else told
 
 
-def record_start(folder: RunFolder, config: dict[str, Any], cache_fingerprint: str, samples: int) -> None:
-    """Writes config.yaml (keeping the one before, where it changed) and run.json, to which each start is added."""
+def record_start(
+    folder: RunFolder, config: dict[str, Any], cache_fingerprint: str, samples: int, trains: bool = True
+) -> None:
+    """Writes config.yaml (keeping the one before, where it changed) and run.json, to which each start is added that
+    `trains`: one of a finished run has nothing to do."""
     text = OmegaConf.to_yaml(OmegaConf.create(config))
     if folder.identity.exists():
         identity = json.loads(folder.identity.read_text(encoding="utf-8"))
@@ -123,7 +126,7 @@ def record_start(folder: RunFolder, config: dict[str, Any], cache_fingerprint: s
             "environment": environment(),
         }
     start = {"time": time.time(), "samples": samples, "host": socket.gethostname(), "slurm_job": slurm.job()}
-    write_json(folder.identity, {**identity, "starts": [*identity.get("starts", []), start]})
+    write_json(folder.identity, {**identity, "starts": [*identity.get("starts", []), *([start] if trains else [])]})
     if folder.exists():
         before = folder.config.read_text(encoding="utf-8")
         if before == text:

@@ -106,7 +106,8 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
 
         def begin() -> None:
             claimed.lock()  # only now: a fresh folder is made when nothing can be wrong with the input any more
-            record_start(folder, plain(cfg), data.cache.fingerprint, claimed.samples)
+            unfinished = claimed.samples < _total(cfg)
+            record_start(folder, plain(cfg), data.cache.fingerprint, claimed.samples, trains=unfinished)
             if cfg.trainees:
                 record_trainees(folder, {name: plain(alone) for name, alone in each_alone(cfg).items()})
             data.record()

@@ -5,6 +5,7 @@ All of it goes over a group of its own on CPU, so that no decision waits for a d
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 WAIT = datetime.timedelta(days=7)
 """Rank 0 may build a cache while the others wait. That a rank is gone shows by its closed connection, not by time."""
-LINGER_S = 3.0
+LINGER_S, SPEAK_S = 3.0, 1.0
 GONE = "another rank of this run is gone; started again, it goes on from the last checkpoint"
 
 _control: dist.ProcessGroup | None = None
@@ -89,6 +90,7 @@ def from_first(make: Callable[[], T]) -> T:
     dist.broadcast_object_list(told, src=0, group=_control)
     went_well, value = told[0]
     if not went_well:
+        _let_first_speak()
         raise SaidElsewhere("rank 0 could not go on")
     return value  # type: ignore[no-any-return]
 
@@ -116,6 +118,15 @@ def lost_a_rank(error: BaseException) -> bool:
     if isinstance(error, SparsepilotError):
         return False
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
+def _let_first_speak() -> None:
+    """Gives rank 0 time to say what is wrong: srun ends all ranks as soon as one has ended."""
+    if _store is None:
+        return
+    with contextlib.suppress(RuntimeError):  # it is gone, and has said it
+        _store.add("ending", 1)
+    time.sleep(SPEAK_S)
 
 
 def _say_once(line: str) -> bool:

@@ -73,7 +73,6 @@ def most_bytes(step: BareSteps) -> int:
     ("model", "l0", "dead"),
     [
         (("model=topk", "model.k=32"), None, 0.0),
-        (("model=topk", "model.k=32"), None, 0.25),
         (("model=topk", "model.k=32", "optimizer=muon"), None, 0.0),
         (("model=topk", "model.k=8", "model.multi_topk=0.125"), None, 0.0),
         (("model=batchtopk", "model.k=32"), None, 0.0),
