@@ -30,7 +30,7 @@ test: $(READY)   ## the whole test suite
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-fast: $(READY)  ## the tests that take seconds
-	@$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -n 2 -m "not slow and not timing" $(ARGS)
 
 peers: $(PEERS)/.installed  ## make .venv-peers, the tools whose formats tests/peers writes and reads
 

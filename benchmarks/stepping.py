@@ -11,7 +11,6 @@ As a program it is a worker of side_by_side.py: `python benchmarks/stepping.py S
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -162,7 +161,7 @@ class Run:
         prepare_process(self.cfg)
         run_dir.mkdir(parents=True, exist_ok=True)
         folder = RunFolder(run_dir)
-        quiet = Console(file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+        quiet = Console(quiet=True)
         self.data = build_data(self.cfg, quiet)
         self.module = self.another_module()
         self._log = RunLog(folder, samples=0)

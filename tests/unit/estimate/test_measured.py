@@ -105,7 +105,7 @@ def stepping(monkeypatch: pytest.MonkeyPatch) -> Any:
     return stepping
 
 
-@pytest.mark.slow  # a run of some steps, each beside four smaller ones
+@pytest.mark.timing
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 @pytest.mark.parametrize(
     ("model", "d_sae", "batch", "l0"),
