@@ -13,21 +13,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from itertools import pairwise
 from statistics import mean, stdev
 
-from control.cells import Where, finished, rows_of, train, words_of
+from control.cells import Where, interpolated, last_of, rows_of, there, words_of
 
 COEFFICIENTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-
-
-def l0_at(points: list[tuple[float, float]], fvu: float) -> float:
-    """L0 of the frontier at an FVU, interpolated in logarithms; NaN outside of it."""
-    for (low, l0_low), (high, l0_high) in pairwise(sorted(points)):
-        if low <= fvu <= high:
-            share = math.log(fvu / low) / math.log(high / low)
-            return float(l0_low ** (1 - share) * l0_high**share)
-    return math.nan
 
 
 def main() -> None:
@@ -42,10 +32,9 @@ def main() -> None:
     print("| run | L0 | FVU, held out |", "|---|---|---|", sep="\n")
     for coefficient in COEFFICIENTS:
         name = f"demo-{args.model}-coefficient{coefficient:g}".replace(".", "_")
-        if not finished(where, name) and not args.table:
-            train(where, name, [*base, f"model.coefficient={coefficient}"])
-        if finished(where, name):
-            last = [row for row in rows_of(where, name) if "val/l0" in row][-1]
+        words = [*base, f"model.coefficient={coefficient}"]
+        if there(where, name, words):
+            last = last_of(where, name)
             points.append((last["val/fvu"], last["val/l0"]))
             print(f"| constant {coefficient:g} | {last['val/l0']:.2f} | {last['val/fvu']:.5f} |")
     print(
@@ -54,10 +43,9 @@ def main() -> None:
     )  # fmt: skip
     for seed in args.seeds:
         name = f"demo-{args.model}-constrained{args.target:g}-seed{seed}".replace(".", "_")
-        words = ["controller=constrained", "controller.quality=fvu", f"controller.target={args.target:g}"]
-        if not finished(where, name) and not args.table:
-            train(where, name, [*base, *words, f"seed={seed}"])
-        if not finished(where, name):
+        words = [*base, "controller=constrained", "controller.quality=fvu", f"controller.target={args.target:g}"]
+        words.append(f"seed={seed}")
+        if not there(where, name, words):
             continue
         rows = rows_of(where, name)
         late = [row for row in rows if "train/fvu" in row and row["samples"] > 2 / 3 * rows[-1]["samples"]]
@@ -66,8 +54,8 @@ def main() -> None:
             parts.setdefault(int(100 * row["samples"] / rows[-1]["samples"]), []).append(row["train/fvu"])
         means = [mean(values) for values in parts.values()]
         quality, error = mean(row["train/fvu"] for row in late), stdev(means) / math.sqrt(len(means))
-        last = [row for row in rows if "val/l0" in row][-1]
-        frontier = l0_at(points, last["val/fvu"])
+        last = last_of(where, name)
+        frontier = interpolated(points, last["val/fvu"])
         print(
             f"| {seed} | {quality:.5f} ({quality / args.target - 1:+.2%}) | {error:.5f} | {last['val/l0']:.2f} "
             f"| {last['val/fvu']:.5f} | {frontier:.2f} | {last['val/l0'] / frontier - 1:+.1%} "

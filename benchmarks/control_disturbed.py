@@ -17,7 +17,7 @@ import argparse
 import math
 from typing import Any
 
-from control.cells import Where, finished, rows_of, train, words_of
+from control.cells import Where, rows_of, there, words_of
 
 TARGET, AT = 32.0, 0.5
 DISTURBANCES = {"thresholds": 0.5, "strength": 100, "lr": 3, "data_scale": 1.5}
@@ -61,20 +61,21 @@ def main() -> None:
                 continue  # a ReLU has none
             name = f"demo-{model}-disturbed-{what}"
             words = [*words_of(where, "demo", model), "controller=l0_target", f"controller.target_l0={TARGET:g}"]
-            if not finished(where, name) and not args.table:
-                train(where, name, [*words, f"callbacks.disturb={{at: {AT}, {what}: {size}}}"])
-            if finished(where, name):
+            words.append(f"callbacks.disturb={{at: {AT}, {what}: {size}}}")
+            if there(where, name, words):
                 share, farthest, finite = back_after(rows_of(where, name))
                 print(f"| {model} | {what} {size:g} | {share:.0%} of the run | {farthest:.1%} | {finite} |")
     print("", "| model | largest difference of L0, batch 512 against 2048 |", "|---|---|", sep="\n")
     for model in args.models:
-        names = [f"demo-{model}-batch{batch}" for batch in (512, 2048)]
-        for name, batch in zip(names, (512, 2048), strict=True):
+        found = []
+        for batch in (512, 2048):
+            name = f"demo-{model}-batch{batch}"
             words = [*words_of(where, "demo", model), "controller=l0_target", f"controller.trajectory={TRAJECTORY}"]
-            if not finished(where, name) and not args.table:
-                train(where, name, [*words, f"samples={LONGER}", f"batch={batch}"])
-        if all(finished(where, name) for name in names):
-            one, other = (means_of(rows_of(where, name), 50) for name in names)
+            words += [f"samples={LONGER}", f"batch={batch}"]
+            if there(where, name, words):
+                found.append(means_of(rows_of(where, name), 50))
+        if len(found) == 2:
+            one, other = found
             apart = {part: abs(math.expm1(one[part] - other[part])) for part in one.keys() & other.keys()}
             part = max(apart, key=lambda part: apart[part])
             print(f"| {model} | {apart[part]:.1%}, at {part / 50:.0%} of the budget |")

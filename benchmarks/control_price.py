@@ -12,34 +12,11 @@ worse.
 from __future__ import annotations
 
 import argparse
-import math
-from itertools import pairwise
 
-from control.cells import Where, finished, initial_strength, rows_of, train, words_of
+from control.cells import Where, initial_strength, interpolated, last_of, rows_of, there, words_of
 
 NUM_CONSTANT, SPREAD = 8, 2.0
 """Coefficients from 1 / SPREAD to SPREAD times the strength that the loop ended with, in equal ratios."""
-
-
-def last_of(where: Where, name: str) -> tuple[float, float, float]:
-    """(L0, FVU, strength) at the end of a run."""
-    rows = rows_of(where, name)
-    validation = [row for row in rows if "val/l0" in row][-1]
-    strength = [row for row in rows if "controller/strength" in row][-1]["controller/strength"]
-    return validation["val/l0"], validation["val/fvu"], strength
-
-
-def interpolated(points: list[tuple[float, float]], l0: float) -> float:
-    """FVU at an L0 between (L0, FVU) points; NaN outside of them.
-
-    >>> round(interpolated([(10, 0.4), (40, 0.1)], 20), 6)
-    0.2
-    """
-    for (low, fvu_low), (high, fvu_high) in pairwise(sorted(points)):
-        if low <= l0 <= high:
-            share = math.log(l0 / low) / math.log(high / low)
-            return fvu_low ** (1 - share) * fvu_high**share
-    return math.nan
 
 
 def main() -> None:
@@ -52,27 +29,27 @@ def main() -> None:
     print("| model | run | L0 | FVU | constant at that L0 | price |", "|---|---|---|---|---|---|", sep="\n")
     for model in args.models:
         loops = {start: f"demo-{model}-{args.target:g}-start{start:g}-seed0" for start in (1.0, 100.0)}
+        target = ["controller=l0_target", f"controller.target_l0={args.target:g}", "seed=0"]
+        base, made = words_of(where, "demo", model), []
         for start, name in loops.items():
-            words = [*words_of(where, "demo", model), "controller=l0_target", f"controller.target_l0={args.target:g}"]
-            if not finished(where, name) and not args.table:
-                train(where, name, [*words, "seed=0", *initial_strength(model, start)])
+            if there(where, name, base + target + initial_strength(model, start)):
+                made.append(start)
+        if 1.0 not in made:
+            continue
+        found = [row["controller/strength"] for row in rows_of(where, loops[1.0]) if "controller/strength" in row][-1]
         points = []
         for number in range(NUM_CONSTANT):
+            strength = found * SPREAD ** (2 * number / (NUM_CONSTANT - 1) - 1)
             name = f"demo-{model}-constant{number}"
-            if not finished(where, name) and not args.table:
-                strength = last_of(where, loops[1.0])[2] * SPREAD ** (2 * number / (NUM_CONSTANT - 1) - 1)
-                train(where, name, [*words_of(where, "demo", model), f"model.coefficient={strength:.4g}", "seed=0"])
-            if finished(where, name):
-                l0, fvu, strength = last_of(where, name)
-                points.append((l0, fvu))
-                print(f"| {model} | constant {strength:.4g} | {l0:.2f} | {fvu:.5f} | | |")
-        for start, name in loops.items():
-            if finished(where, name):
-                l0, fvu, _ = last_of(where, name)
-                at = interpolated(points, l0)
-                print(
-                    f"| {model} | l0_target, start x{start:g} | {l0:.2f} | {fvu:.5f} | {at:.5f} | {fvu / at - 1:+.2%} |"
-                )
+            if there(where, name, [*base, f"model.coefficient={strength:.4g}", "seed=0"]):
+                last = last_of(where, name)
+                points.append((last["val/l0"], last["val/fvu"]))
+                print(f"| {model} | constant {strength:.4g} | {last['val/l0']:.2f} | {last['val/fvu']:.5f} | | |")
+        for start in made:
+            last = last_of(where, loops[start])
+            l0, fvu = last["val/l0"], last["val/fvu"]
+            at = interpolated(points, l0)
+            print(f"| {model} | l0_target, start x{start:g} | {l0:.2f} | {fvu:.5f} | {at:.5f} | {fvu / at - 1:+.2%} |")
 
 
 if __name__ == "__main__":

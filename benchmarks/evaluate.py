@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from typing import Any
 
 import torch
+from output import put_json
 
 from sparsepilot.analysis.evaluate import evaluate, open_subject
 from sparsepilot.analysis.source import held_out_contexts
@@ -75,12 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    text = json.dumps(measure(args), indent=1)
-    if args.json and args.json != "-":
-        with open(args.json, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-    else:
-        sys.stdout.write(text + "\n")
+    put_json(measure(args), args.json or "-")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +21,7 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from output import put_json
 from torch import nn
 
 from sparsepilot.lm import harvest as lm_harvest
@@ -113,12 +112,9 @@ def main() -> None:
     args = parser.parse_args()
     results = [measure(dtype, args) for dtype in args.dtypes]
     if args.json:
-        lines = json.dumps(results, indent=2) + "\n"
+        put_json(results, args.json)
         if args.json == "-":
-            sys.stdout.write(lines)
             return
-        with open(args.json, "w", encoding="utf-8") as file:
-            file.write(lines)
     for result in results:
         bare, harvested = result["bare_tokens_per_s"], result["harvest_tokens_per_s"]
         print(

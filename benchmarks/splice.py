@@ -10,14 +10,13 @@ so that a busy machine slows both. Seconds are of the process's own CPU time wit
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from typing import Any
 
 import numpy as np
 import torch
+from output import put_json
 from torch import Tensor
 from torch.nn import functional
 
@@ -107,12 +106,7 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     found = [measure(args, tokens) for tokens in args.tokens]
-    text = json.dumps(found, indent=1)
-    if args.json and args.json != "-":
-        with open(args.json, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-    else:
-        sys.stdout.write(text + "\n")
+    put_json(found, args.json or "-")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +47,8 @@ class Where(NamedTuple):
     cache: Path
     threads: int
     hold: Path | None
+    table: bool
+    """nothing is run"""
 
     @classmethod
     def arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -57,7 +62,7 @@ class Where(NamedTuple):
     def of(cls, args: argparse.Namespace) -> Where:
         scratch = args.scratch.resolve()
         scratch.mkdir(parents=True, exist_ok=True)
-        return cls(scratch, args.cache, args.threads, args.hold)
+        return cls(scratch, args.cache, args.threads, args.hold, args.table)
 
 
 def words_of(where: Where, data: str, model: str) -> list[str]:
@@ -73,9 +78,12 @@ def initial_strength(model: str, start: float) -> list[str]:
     return [f"controller.initial_strength={start * BEGIN * node['coefficient']:.4g}"]
 
 
-def finished(where: Where, name: str) -> bool:
-    """Whether this run is there."""
-    return (where.scratch / name / "summary.json").exists()
+def there(where: Where, name: str, words: list[str]) -> bool:
+    """Trains this run unless it is there, or only the table of what is there is wanted; whether it is there now."""
+    summary = where.scratch / name / "summary.json"
+    if not summary.exists() and not where.table:
+        train(where, name, words)
+    return summary.exists()
 
 
 def train(where: Where, name: str, words: list[str]) -> float:
@@ -94,3 +102,21 @@ def train(where: Where, name: str, words: list[str]) -> float:
 def rows_of(where: Where, name: str) -> list[dict[str, Any]]:
     """The rows that a run has logged."""
     return list(read_rows(where.scratch / name / "metrics.jsonl"))
+
+
+def last_of(where: Where, name: str) -> dict[str, Any]:
+    """The last validation of a run."""
+    return [row for row in rows_of(where, name) if "val/l0" in row][-1]
+
+
+def interpolated(points: Iterable[tuple[float, float]], x: float) -> float:
+    """y at x between (x, y) points, linear in logarithms; NaN outside of them.
+
+    >>> round(interpolated([(10, 0.4), (40, 0.1)], 20), 6)
+    0.2
+    """
+    for (low, y_low), (high, y_high) in pairwise(sorted(points)):
+        if low <= x <= high:
+            share = math.log(x / low) / math.log(high / low)
+            return float(y_low ** (1 - share) * y_high**share)
+    return math.nan

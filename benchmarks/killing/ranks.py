@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from killing.runs import REPOSITORY, Ended, environment_of
 
@@ -44,11 +44,12 @@ class Ranks:
     It ended by a signal where one of them did, and badly where one of them did.
     """
 
-    def __init__(self, world: int, trainer: str, start: StartRanks = start_ranks) -> None:
-        self.world, self.trainer, self._start = world, trainer, start
+    def __init__(self, world: int, trainer: str, start: StartRanks = start_ranks, more: Sequence[str] = ()) -> None:
+        """more: overrides of the trainer."""
+        self.world, self._start = world, start
+        self._options = [f"trainer={trainer}", f"trainer.devices={world}", *more]
 
     def __call__(self, arguments: list[str], environment: Mapping[str, str]) -> Ended:
-        ranks = [f"trainer={self.trainer}", f"trainer.devices={self.world}"]
-        ended = self._start(self.world, arguments + ranks, environment)
+        ended = self._start(self.world, arguments + self._options, environment)
         codes = [e.code for e in ended]
         return Ended(min(codes) if min(codes) < 0 else max(codes), "".join(e.out for e in ended))

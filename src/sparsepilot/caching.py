@@ -24,7 +24,7 @@ from sparsepilot.errors import ConfigError, DataError
 from sparsepilot.lm import text as lm_text
 from sparsepilot.lm.harvest import Block, describe, expand_sites, harvest, site_widths
 from sparsepilot.lm.load import LanguageModel, load
-from sparsepilot.lm.pack import Packed, pack
+from sparsepilot.lm.pack import Packed, pack_text
 
 
 def is_sealed(path: Path) -> bool:
@@ -211,14 +211,13 @@ def build_from_lm(
         names = expand_sites(model, list(sites))
         widths = site_widths(model, names)
     with console.status("reading and packing the text"):
-        packed = pack(
+        packed = pack_text(
             model.tokenizer,
-            lm_text.documents(**text),
+            text,
             context_length=context_length,
             val_fraction=val_fraction,
             seed=seed,
             max_tokens=max_tokens,
-            shuffle=max_tokens is None or text["source"] not in lm_text.STREAMED,
         )
     source = describe(model, packed, lm_text.describe(**text))
     if not (Path(path) / PLAN_FILE).is_file() or "recipe" in load_plan(Path(path)).source:  # else begun before it was

@@ -440,8 +440,7 @@ def save_dictionary(
         "source": data.cache.source,
         "input_scale_in_training": [site.scale for site in trainee.sites.reads],
     }
-    whole = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    folded = fold(cfg_out, whole, trainee.scale_in.cpu(), trainee.scale_out.cpu())
+    folded = fold(cfg_out, tensors, trainee.scale_in.cpu(), trainee.scale_out.cpu())
     dictionary.save(folder.path, cfg_out, folded)
 
 

@@ -19,7 +19,7 @@ from sparsepilot.live.rows import LiveRows, check_same, in_our_words
 from sparsepilot.lm import text as lm_text
 from sparsepilot.lm.harvest import describe, expand_sites
 from sparsepilot.lm.load import LanguageModel, load
-from sparsepilot.lm.pack import Packed, pack
+from sparsepilot.lm.pack import pack_text
 from sparsepilot.parallel.agreement import from_all, from_first
 from sparsepilot.ranks import ranks_here
 from sparsepilot.run_folder import RunFolder
@@ -94,7 +94,14 @@ class LiveData(RunData):
         model = _load(lm, lm_device)
         names = expand_sites(model, sites)
         with in_our_words():
-            packed = _pack(model, text, context_length, max_tokens, val_fraction)
+            packed = pack_text(
+                model.tokenizer,
+                text,
+                context_length=context_length,
+                val_fraction=val_fraction,
+                seed=SPLIT_SEED,
+                max_tokens=max_tokens,
+            )
             source = describe(model, packed, lm_text.describe(**text))
             rows = LiveRows(model, packed, names, dtype, batch_contexts, val_rows, source)
         order = _order(rows, num_streams, window_mb, batch_contexts, seed)
@@ -155,20 +162,6 @@ def device_of(wanted: str | list[str], local_rank: int, local_world: int) -> str
             f"data.lm_device = {list(wanted)}: {local_world} ranks run on this machine; name so many devices, or one"
         )
     return wanted[local_rank]
-
-
-def _pack(
-    model: LanguageModel, text: Mapping[str, Any], context_length: int, max_tokens: int | None, val_fraction: float
-) -> Packed:
-    return pack(
-        model.tokenizer,
-        lm_text.documents(**text),
-        context_length=context_length,
-        val_fraction=val_fraction,
-        seed=SPLIT_SEED,
-        max_tokens=max_tokens,
-        shuffle=max_tokens is None or text["source"] not in lm_text.STREAMED,
-    )
 
 
 def _order(rows: LiveRows, num_streams: int, window_mb: int, batch_contexts: int, seed: int) -> WholeChunks:

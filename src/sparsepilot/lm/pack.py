@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsepilot.errors import ConfigError, DataError
+from sparsepilot.lm import text as lm_text
 from sparsepilot.lm.text import Document
 
 _TOKENIZED_TOGETHER = 256  # documents per call of the tokenizer, which works on several threads
@@ -77,6 +78,28 @@ class Packed:
         for array in (self.tokens_CL, self.mask_CL, self.documents_CL):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
+
+
+def pack_text(
+    tokenizer: Any,
+    text: Mapping[str, Any],
+    *,
+    context_length: int,
+    val_fraction: float,
+    seed: int,
+    max_tokens: int | None,
+) -> Packed:
+    """`pack` of the documents that `text` (fields of `lm.text.documents`) describes; what is cut short and comes
+    shuffled is not read to its end."""
+    return pack(
+        tokenizer,
+        lm_text.documents(**text),
+        context_length=context_length,
+        val_fraction=val_fraction,
+        seed=seed,
+        max_tokens=max_tokens,
+        shuffle=max_tokens is None or text["source"] not in lm_text.STREAMED,
+    )
 
 
 def pack(

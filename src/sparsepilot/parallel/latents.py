@@ -75,14 +75,6 @@ class Shard:
         """The sum of a number, which travels by way of a device."""
         return part if self.is_whole else int(self.sum_(torch.tensor([part], device=device)))
 
-    def mean(self, part_A: Tensor) -> Tensor:
-        """The mean of all shards' numbers, of which there may be differently many on each."""
-        if self.is_whole:
-            return part_A.mean()
-        total, count = self.sum_(torch.stack([part_A.sum(), part_A.new_tensor(float(part_A.numel()))]))
-        mean: Tensor = total / count
-        return mean
-
     def exchange(self, values: Tensor) -> Tensor:
         """[S, ...]: what each shard has for this one, of what each shard has for each, [S, ...]."""
         return values if self.is_whole else all_to_all(values, self.ranks)

@@ -80,15 +80,6 @@ def sum_over_parts(values: Tensor, like: Tensor) -> Tensor:
     return all_reduce_sum_(values / _num_copies(like))
 
 
-def mean_over_parts(values_N: Tensor, like: Tensor) -> Tensor:
-    """The mean of numbers about some of the rows that each rank holds of `like`, over those of all ranks."""
-    mean: Tensor = values_N.mean()
-    if isinstance(like, DTensor):
-        total, count = sum_over_parts(torch.stack([values_N.sum(), values_N.new_tensor(len(values_N))]), like)
-        mean = total / count
-    return mean
-
-
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of all of them together (of gradients), over all ranks."""
     if not any(isinstance(tensor, DTensor) for tensor in tensors):

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from sparsepilot.autoencoders.base import Autoencoder
 from sparsepilot.ops.seeded import generator_at
 from sparsepilot.parallel.collectives import all_gather_concat, all_reduce_sum_, rank
-from sparsepilot.parallel.shards import mean_over_parts, own, rows_of
+from sparsepilot.parallel.shards import own, rows_of, sum_over_parts
 from sparsepilot.parallel.surgery import set_rows_
 
 
@@ -58,7 +58,10 @@ def resample(
     def mean_of_living(parameter: Tensor) -> Tensor:
         values_A = own(parameter)[rows_of(living_F, parameter)]
         values_A = values_A.norm(dim=1) if values_A.ndim == 2 else values_A
-        return mean_over_parts(values_A, parameter) if shard.is_whole else shard.mean(values_A)
+        here = torch.stack([values_A.sum(), values_A.new_tensor(float(len(values_A)))])
+        total, count = shard.sum_(sum_over_parts(here, parameter))
+        mean: Tensor = total / count
+        return mean
 
     encoder_norm = mean_of_living(model.W_enc) * encoder_scale
     decoder_norm = 1.0 if model.unit_decoder else mean_of_living(model.W_dec)
