@@ -18,26 +18,39 @@ FEWEST = 1e-3
 """L0 that stands for none at all, where its logarithm is needed."""
 SMOOTH, SLOPE_OVER, RATIO_OVER = 0.1, 0.5, 1.0
 """In lags: averages of L0, of the error for its slope and for the ratio."""
+RATIO_WEIGHT = {"k": 0.5, "penalty": 0.4}
+"""Of the last validation in the ratio. Where a k is set, the ratio moves (BatchTopK's threshold settles) and is hardly
+noisy; a penalty's L0 at one instant is a few percent beside its mean, which must not become the set point's error."""
 LARGEST_RATIO = 0.25
-"""Nats between the L0 of held-out rows and of training that are believed."""
-FOLLOWING, INTEGRATING = (1.0, 1.0, 20.0), (6.0, 5.0, math.inf)
-"""Factor of the proportional gain; integral and drift times in lags. A plant that integrates already wants mostly P."""
+"""Nats between the L0 of held-out rows and of training that are believed, and of a penalty's error near enough to the
+set point for their ratio to say something about the one there."""
+FOLLOWING, INTEGRATING = (1.0, 1.0, 20.0, 0.0025), (6.0, 5.0, math.inf, math.inf)
+"""Factor of the proportional gain; integral and drift times in lags; the most that the noise of single batches may move
+ln(strength) by through P. A plant that integrates already wants mostly P, and evens out its noise itself."""
 BEGIN = 0.1
 """Strength at the start, as a share of the model's own coefficient: one that is too weak costs a little time, one that
 is too strong costs latents."""
 COLLAPSING, BRAKE = -0.7, 5.0
-"""Where L0 is lower than its set point by so many nats and still falling, latents are being lost:
+"""Where L0 falls and will be lower than its set point by so many nats in a lag, latents are being lost:
 ln(strength) goes down by so many nats in a lag, whatever the gains."""
+FALLING = 0.1
+"""Nats in a lag from which on L0 counts as falling."""
+UNWIND = 1.0
+"""Nats in a lag by which ln(strength) goes back to where it begins by default, while thresholds run at their limit:
+they go no faster for more, and what is too much would have to be unwound later, with L0 far below its set point."""
 FADE_IN = 3.0
 """Lags over which a penalty fades in, quadratically, so that one far too strong is seen before it kills."""
 SWING, SWING_OVER = 0.02, 3.0
-"""Rms of the error's fast part at which the gain is halved, and the lags over which it is taken: near the collapse a
-plant answers several times as strongly, and sooner than its lag, and the loop alone would keep it swinging."""
+"""Rms of the error's fast part, noise taken off, at which the gain is halved, and the lags over which it is taken: near
+the collapse a plant answers several times as strongly, and sooner than its lag, and the loop alone would keep it
+swinging."""
+SOFTEST = 10.0
+"""Most that the gain is divided by for a swing, and P for noise: a jump of L0 counts as both for some lags."""
 RATE = 10.0
 """Nats that ln(strength) moves at most in a lag."""
 STATE = (
     "strength", "_pi", "_estimate", "_mean_l0", "_mean_set_point", "_slow_error", "_train_error", "_log_ratio",
-    "_error", "_slewing", "_steps", "_swing",
+    "_error", "_slewing", "_steps", "_swing", "_noise", "_validations",
 )  # fmt: skip
 
 
@@ -108,7 +121,7 @@ class L0Loop:
             self.strength = clamp(BEGIN * plant.initial, low, high)
         self._low, self._high = low, high
         self.lag = lag = self.lag_steps * plant.batch
-        stronger, slower, drift_after = INTEGRATING if plant.integrates else FOLLOWING
+        stronger, slower, drift_after, self._most_noise = INTEGRATING if plant.integrates else FOLLOWING
         self._proportional = stronger * self.proportional
         self._gains = Gains(
             self._proportional, slower * lag, drift_after * lag, 1.0, RATE / lag, math.log(low), math.log(high)
@@ -121,9 +134,11 @@ class L0Loop:
         self._slow_error: float | None = None
         self._train_error: tuple[float | None, float | None] = (None, None)
         self._log_ratio = 0.0
+        self._validations = 0
         self._error = 0.0
         self._slewing = False
         self._swing = (0.0, 0.0)
+        self._noise: tuple[float, float | None, float | None] = (0.0, None, None)
         self._steps = 0
         if plant.kind == "penalty":
             self.strength = self._faded_in()
@@ -163,10 +178,10 @@ class L0Loop:
         if self.plant.kind == "k":
             self.strength = clamp(now / self.ratio, self._low, self._high)
         else:
-            self._turn_penalty(measured)
+            self._turn_penalty(measured, math.log(max(measured.l0, FEWEST) / was))
         return self.strength
 
-    def _turn_penalty(self, measured: Measured) -> None:
+    def _turn_penalty(self, measured: Measured, error_of_step: float) -> None:
         batch, lag = self.plant.batch, self.lag
         assert self._mean_l0 is not None
         answer = math.log(max(self._mean_l0, FEWEST))
@@ -175,23 +190,43 @@ class L0Loop:
         self._slow_error = average(self._slow_error, self._error, keep_of(batch, SLOPE_OVER * lag))
         in_a_lag = self._error + (self._error - self._slow_error) / SLOPE_OVER
         self._slewing = measured.coherence > COHERENT
-        proportional = self._proportional / self._estimate.gain / self._soften(batch, lag)
-        gains = self._gains._replace(proportional=proportional)
-        if self._error < COLLAPSING and in_a_lag < self._error:
+        noise = self._noise_of(error_of_step, batch, lag)
+        proportional = self._proportional / self._estimate.gain / self._soften(noise, batch, lag)
+        quieter = clamp(proportional * noise / self._most_noise, 1.0, SOFTEST)
+        gains = self._gains._replace(
+            proportional=proportional / quieter, integral_samples=self._gains.integral_samples / quieter
+        )
+        if in_a_lag < COLLAPSING and in_a_lag < self._error - FALLING:
             integral = clamp(self._pi.integral - BRAKE * batch / lag, gains.low, gains.high)
             self._pi = self._pi._replace(integral=integral, drift=0.0)
-        self._pi = pi_step(self._pi, self._error, batch, gains, hold=self._slewing or in_a_lag * self._error < 0)
+        if self._slewing and self.plant.integrates:
+            least = min(self._pi.integral, math.log(BEGIN * self.plant.initial))
+            self._pi = self._pi._replace(integral=max(least, self._pi.integral - UNWIND * batch / lag))
+        hold = self._slewing or in_a_lag * self._error < 0
+        self._pi = pi_step(self._pi, self._error, batch, gains, hold=hold)
         self._steps += 1
         self.strength = self._faded_in()
 
-    def _soften(self, batch: int, lag: float) -> float:
+    def _noise_of(self, error: float, batch: int, lag: float) -> float:
+        """Standard deviation that the noise of single batches leaves in the smoothed error.
+
+        White noise has six times its variance in second differences, which a steady fall or a slow swing has not."""
+        variance, before, once_more = self._noise
+        if before is not None and once_more is not None:
+            bend = (error - 2 * before + once_more) ** 2 / 6
+            variance = average(variance, bend, keep_of(batch, SWING_OVER * lag))
+        self._noise = (variance, error, before)
+        keep = keep_of(batch, SMOOTH * lag)
+        return math.sqrt(variance * (1 - keep) / (1 + keep))
+
+    def _soften(self, noise: float, batch: int, lag: float) -> float:
         """What the gain is divided by, so that an oscillation does not feed itself."""
         assert self._slow_error is not None
         fast = self._error - self._slow_error
         mean = average(self._swing[0], fast, keep_of(batch, lag))
         variance = average(self._swing[1], (fast - mean) ** 2, keep_of(batch, SWING_OVER * lag))
         self._swing = (mean, variance)
-        return 1.0 + variance / SWING**2
+        return min(1.0 + max(0.0, variance - noise**2) / SWING**2, SOFTEST)
 
     def _faded_in(self) -> float:
         share = min(1.0, (self._steps + 1) / (FADE_IN * self.lag_steps))
@@ -217,9 +252,15 @@ class L0Loop:
         once, twice = self._train_error
         if not isinstance(l0, float) or not 0 < l0 < math.inf or once is None or twice is None:
             return
-        seen = math.log(l0 / now) - (2 * once - twice)
-        # from 1 on, and half way each time: early in a run BatchTopK's threshold is far from settled
-        self._log_ratio = average(self._log_ratio, clamp(seen, -LARGEST_RATIO, LARGEST_RATIO), 0.5)
+        error = 2 * once - twice
+        if self.plant.kind == "penalty" and abs(error) > LARGEST_RATIO:
+            return
+        seen = math.log(l0 / now) - error
+        self._validations += 1
+        weight = max(
+            RATIO_WEIGHT[self.plant.kind], 1 / (1 + self._validations)
+        )  # 1 counts as one validation, the first
+        self._log_ratio = average(self._log_ratio, clamp(seen, -LARGEST_RATIO, LARGEST_RATIO), 1 - weight)
 
     def readings(self) -> dict[str, float]:
         """As `Controller.readings`, and P and I of a penalty."""
