@@ -1,4 +1,4 @@
-"""The README's tree names every file of the package and none that is not there."""
+"""docs/tree.md names every file of the package and none that is not there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_tree_is_complete() -> None:
-    tree = re.search(r"## The tree\n+```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    tree = re.search(r"## Every file\n+```\n(.*?)```", (ROOT / "docs" / "tree.md").read_text(), re.S)
     assert tree is not None
     part = tree[1].partition("src/sparsepilot/")[2].partition("\ntests/")[0]
     folder, named = "", set()
