@@ -99,7 +99,7 @@ def table(results: list[Result]) -> str:
     lines = [f"{'family':<11} {'point':<20} {'kills':>5} {'accumulate 2':>12} {'other TMPDIR':>12} {'samples':>18}"]
     kills = [(kill, result) for result in results for kill in result["kills"]]
     for family in dict.fromkeys(kill["family"] for kill, _ in sorted(kills, key=_place)):
-        for point in dict.fromkeys(POINTS.get(family, ()) + POINTS["timing"]):
+        for point in dict.fromkeys((*POINTS.get(family, ()), "checkpoint-shard", *POINTS["timing"])):
             here = [(k, r) for k, r in kills if (k["family"], k["point"]) == (family, point)]
             if here:
                 steps = [k["last_row_step"] for k, _ in here]
@@ -137,7 +137,7 @@ def main() -> int:
     make_references(args.out, launcher)
     results, failed = [], False
     num_kills = args.kills or (KILLS_WITH_A_BUG if args.plant_bug else 100)
-    for cell in plan(num_kills, args.seed, args.plant_bug, args.ranks):
+    for cell in plan(num_kills, args.seed, args.plant_bug, args.ranks, _sharded(args)):
         result = run_cell(args.out, cell, launcher)
         results.append(result)
         wrong = faults_of(result)
@@ -155,7 +155,8 @@ def main() -> int:
 def _bugs_missed(args: argparse.Namespace, launcher: Launch) -> list[str]:
     missed = []
     for bug in BUGS:
-        cells = [run_cell(args.out, cell, launcher) for cell in plan(KILLS_WITH_A_BUG, args.seed, bug, args.ranks)]
+        planned = plan(KILLS_WITH_A_BUG, args.seed, bug, args.ranks, _sharded(args))
+        cells = [run_cell(args.out, cell, launcher) for cell in planned]
         problems = [p for c in cells for kill in c["kills"] for p in kill["problems"]] + cells[0]["end"]["problems"]
         differences = [line for cell in cells for line in cell["end"]["differences"]]
         if problems or not differences:  # it must be found by comparing, not because the run broke
@@ -163,6 +164,10 @@ def _bugs_missed(args: argparse.Namespace, launcher: Launch) -> list[str]:
         found = f"found: {len(differences)} differences, such as {differences[0]}" if differences else "NOT FOUND"
         print(f"planted bug {bug!r}: {found}" + (f"; but {problems[0]}" if problems else ""), flush=True)
     return missed
+
+
+def _sharded(args: argparse.Namespace) -> bool:
+    return bool(args.ranks > 1 and "fsdp" in args.trainer)
 
 
 def _threads(launcher: Launch, accumulate: int) -> int:

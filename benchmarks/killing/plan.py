@@ -24,7 +24,9 @@ SHARES = {"checkpoint": 14, "metrics": 10, "timing": 1, "resume": 11, "early": 2
 """Of 100 kills; the rest are mid-step, after the first checkpoint."""
 LAST_STEP, LAST_STEP_OF_A_SAVE = 118, 90
 ON_EVERY_RANK = ("step-start", "mid-step", "mid-step-controller", "resume-claimed", "resume-loaded", "resume-state")
-"""Points that all ranks pass; the others are in what rank 0 alone does."""
+"""Points that all ranks pass; the others are in what rank 0 alone does. Of a sharded checkpoint each writes a part."""
+BETWEEN_PARTS = 0.4
+"""Of kills half-way through a sharded checkpoint's writes, the share that falls on a whole part before its rename."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,11 @@ class Cell:
     bug: str | None = None
 
 
-def plan(num_kills: int, seed: int, bug: str | None = None, world: int = 1) -> list[Cell]:
+def plan(num_kills: int, seed: int, bug: str | None = None, world: int = 1, sharded: bool = False) -> list[Cell]:
     """The cells of a campaign; the same for the same arguments.
 
-    With several ranks (`world`) a kill hits one of them or, at a place that all of them pass, perhaps all.
+    With several ranks (`world`) a kill hits one of them or, at a place that all of them pass, perhaps all. `sharded`:
+    all of them write checkpoints.
 
     Every cell begins with a kill after its first checkpoint (or with an early one, before it, and then such a kill), so
     that every kill during a resume has a checkpoint to resume from.
@@ -66,14 +69,19 @@ def plan(num_kills: int, seed: int, bug: str | None = None, world: int = 1) -> l
         accumulate = 1 + i % 2
         kills = _kills([*families, *ending], accumulate, turns, rng)
         cells.append(Cell(f"{bug or 'cell'}-{i:02d}", accumulate, i % 3 == 2, kills, bug))
-    return cells if world == 1 else _with_victims(cells, world, random.Random(f"{seed} {num_kills} {world}"))
+    return cells if world == 1 else _with_victims(cells, world, sharded, random.Random(f"{seed} {num_kills} {world}"))
 
 
-def _with_victims(cells: list[Cell], world: int, rng: random.Random) -> list[Cell]:
-    def victim(kill: Kill) -> int | None:
-        return rng.choice([None, *range(world)]) if kill.point in ON_EVERY_RANK else 0
+def _with_victims(cells: list[Cell], world: int, sharded: bool, rng: random.Random) -> list[Cell]:
+    def with_victim(kill: Kill) -> Kill:
+        if sharded and kill.point == "checkpoint-write":
+            if rng.random() >= BETWEEN_PARTS:
+                return replace(kill, rank=rng.randrange(world))
+            kill = replace(kill, point="checkpoint-shard")
+        everywhere = kill.point in (*ON_EVERY_RANK, "checkpoint-shard")
+        return replace(kill, rank=rng.choice([None, *range(world)]) if everywhere else 0)
 
-    return [replace(cell, kills=tuple(replace(kill, rank=victim(kill)) for kill in cell.kills)) for cell in cells]
+    return [replace(cell, kills=tuple(map(with_victim, cell.kills))) for cell in cells]
 
 
 def _kills(

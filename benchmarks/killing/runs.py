@@ -246,6 +246,6 @@ def _unlike(point: str, scene: Mapping[str, Any]) -> list[str]:
     """What at the scene does not fit a kill at `point`."""
     if point.endswith("-append") and scene["torn"] != [point.replace("-append", ".jsonl")]:
         return [f"{point}: no torn line in its file, but in {scene['torn']}"]
-    if point == "checkpoint-rename" and not scene["checkpoint_tmp_bytes"]:
+    if point in ("checkpoint-rename", "checkpoint-shard") and not scene["checkpoint_tmp_bytes"]:
         return [f"{point}: there is no unrenamed checkpoint"]
     return []
