@@ -57,7 +57,7 @@ class Simulated:
         wanted = math.log(self.target) - self.gain * (u - math.log(self.right)) + self.drift * self.steps
         move = (min(self.ceiling, max(self.floor, wanted)) - self.y) / self.lag
         limited = min(self.slew, max(-self.slew, move))
-        self.coherence = min(1.0, abs(move) / self.slew) if math.isfinite(self.slew) else 0.0
+        self.coherence = max(-1.0, min(1.0, -move / self.slew)) if math.isfinite(self.slew) else 0.0
         self.y += limited
         self.steps += 1
         noisy = math.exp(self.y) * (1 + self.noise * self._random.gauss(0, 1))

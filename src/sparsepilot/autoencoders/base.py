@@ -404,7 +404,7 @@ class Autoencoder(nn.Module, ABC):
         return torch.zeros_like(self.b_enc)
 
     def threshold_coherence(self) -> Tensor:
-        """Scalar: share of the thresholds' last motion that went one way; 0 where they do not move."""
+        """Scalar, -1 to 1: sum of the thresholds' last motion over the sum of its sizes; 0 where they do not move."""
         return torch.zeros((), device=self.b_enc.device)
 
     @torch.no_grad()

@@ -84,7 +84,7 @@ class JumpReLU(Penalised):
         # Adam moves every threshold by about its learning rate: when the penalty rules, all of them the same way
         sums = sum_over_parts(torch.stack([moved_F.sum(), moved_F.abs().sum()]), self.log_threshold)
         one_way, both_ways = self.shard.sum_(sums)
-        self.coherence.copy_(one_way.abs() / both_ways.clamp_min(1e-30))
+        self.coherence.copy_(one_way / both_ways.clamp_min(1e-30))
         own(self.last_log_threshold).copy_(own(self.log_threshold))
 
     def threshold_coherence(self) -> Tensor:

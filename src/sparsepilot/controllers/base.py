@@ -36,7 +36,7 @@ class Measured(NamedTuple):
     l0: float
     fvu: float = math.nan
     coherence: float = 0.0
-    """share of the thresholds' motion that goes one way, from 0 to 1: at 1 they run as fast as they can"""
+    """sum of the thresholds' motion over the sum of its sizes: at 1 they all rise as fast as they can, at -1 fall"""
 
     @property
     def tells(self) -> bool:

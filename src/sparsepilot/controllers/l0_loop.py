@@ -13,7 +13,9 @@ from sparsepilot.controllers.laws import PI, GainEstimate, Gains, average, clamp
 from sparsepilot.errors import ConfigError
 
 COHERENT = 0.9
-"""Share of the thresholds' motion in one direction from which on they count as running at their limit."""
+"""Share of the thresholds' motion in one direction from which on they count as running at their limit,"""
+CREEP = 0.02
+"""where L0 follows by so many nats in a lag: a wide kernel's weights may undo it all, and want more strength."""
 FEWEST = 1e-3
 """L0 that stands for none at all, where its logarithm is needed."""
 SMOOTH, SLOPE_OVER, RATIO_OVER = 0.1, 0.5, 1.0
@@ -24,7 +26,7 @@ noisy; a penalty's L0 at one instant is a few percent beside its mean, which mus
 LARGEST_RATIO = 0.25
 """Nats between the L0 of held-out rows and of training that are believed, and of a penalty's error near enough to the
 set point for their ratio to say something about the one there."""
-FOLLOWING, INTEGRATING = (1.0, 1.0, 20.0, 0.0025), (6.0, 5.0, math.inf, math.inf)
+FOLLOWING, INTEGRATING = (1.0, 1.0, 10.0, 0.0025), (6.0, 5.0, math.inf, math.inf)
 """Factor of the proportional gain; integral and drift times in lags; the most that the noise of single batches may move
 ln(strength) by through P. A plant that integrates already wants mostly P, and evens out its noise itself."""
 BEGIN = 0.1
@@ -35,9 +37,10 @@ COLLAPSING, BRAKE = -0.7, 5.0
 ln(strength) goes down by so many nats in a lag, whatever the gains."""
 FALLING = 0.1
 """Nats in a lag from which on L0 counts as falling."""
-UNWIND = 1.0
-"""Nats in a lag by which ln(strength) goes back to where it begins by default, while thresholds run at their limit:
-they go no faster for more, and what is too much would have to be unwound later, with L0 far below its set point."""
+RISE, ENOUGH = 0.5, -0.1
+"""Nats in a lag by which ln(strength) rises from where it begins by default to a stronger start, and the error, as it
+will be in a lag, at which it goes no further: a start that is too strong is seen before it kills. Nor does it rise
+where thresholds run at their limit: they go no faster for more."""
 FADE_IN = 3.0
 """Lags over which a penalty fades in, quadratically, so that one far too strong is seen before it kills."""
 SWING, SWING_OVER = 0.02, 3.0
@@ -45,12 +48,15 @@ SWING, SWING_OVER = 0.02, 3.0
 the collapse a plant answers several times as strongly, and sooner than its lag, and the loop alone would keep it
 swinging."""
 SOFTEST = 10.0
-"""Most that the gain is divided by for a swing, and P for noise: a jump of L0 counts as both for some lags."""
+"""Most that P is divided by for noise, and the gain, but for 1, for a swing: a jump is neither, and soon forgotten."""
+LEAST, OUTLIER = 0.01**2, 9.0
+"""Variance of noise that always counts as ordinary; how many times the usual one a single deviation counts at most."""
 RATE = 10.0
 """Nats that ln(strength) moves at most in a lag."""
 STATE = (
     "strength", "_pi", "_estimate", "_mean_l0", "_mean_set_point", "_slow_error", "_train_error", "_log_ratio",
     "_error", "_slewing", "_steps", "_swing", "_noise", "_validations",
+    "_start",
 )  # fmt: skip
 
 
@@ -126,7 +132,9 @@ class L0Loop:
         self._gains = Gains(
             self._proportional, slower * lag, drift_after * lag, 1.0, RATE / lag, math.log(low), math.log(high)
         )
-        u = math.log(self.strength)
+        wanted = math.log(self.strength)
+        u = min(wanted, math.log(clamp(BEGIN * plant.initial, low, high))) if plant.kind == "penalty" else wanted
+        self._start = (wanted - u, 0.0)
         self._pi = PI(u, u)
         self._estimate = GainEstimate()
         self._mean_l0: float | None = None
@@ -189,7 +197,16 @@ class L0Loop:
         # an error that will be gone within a lag at its present pace needs nothing more than what made it go
         self._slow_error = average(self._slow_error, self._error, keep_of(batch, SLOPE_OVER * lag))
         in_a_lag = self._error + (self._error - self._slow_error) / SLOPE_OVER
-        self._slewing = measured.coherence > COHERENT
+        runs = math.copysign(1.0, self._error) * measured.coherence > COHERENT
+        self._slewing = runs and abs(self._error) - abs(in_a_lag) > CREEP
+        left, risen = self._start
+        if left > 0 and (self._slewing or in_a_lag < ENOUGH):
+            left, rise = 0.0, -min(risen, RISE)  # what rose during the last lag has not been felt yet
+        else:
+            rise = min(left, RISE * batch / lag)
+            left -= rise
+        self._start = (left, risen + rise)
+        self._pi = self._pi._replace(integral=self._pi.integral + rise)
         noise = self._noise_of(error_of_step, batch, lag)
         proportional = self._proportional / self._estimate.gain / self._soften(noise, batch, lag)
         quieter = clamp(proportional * noise / self._most_noise, 1.0, SOFTEST)
@@ -199,9 +216,6 @@ class L0Loop:
         if in_a_lag < COLLAPSING and in_a_lag < self._error - FALLING:
             integral = clamp(self._pi.integral - BRAKE * batch / lag, gains.low, gains.high)
             self._pi = self._pi._replace(integral=integral, drift=0.0)
-        if self._slewing and self.plant.integrates:
-            least = min(self._pi.integral, math.log(BEGIN * self.plant.initial))
-            self._pi = self._pi._replace(integral=max(least, self._pi.integral - UNWIND * batch / lag))
         hold = self._slewing or in_a_lag * self._error < 0
         self._pi = pi_step(self._pi, self._error, batch, gains, hold=hold)
         self._steps += 1
@@ -214,7 +228,7 @@ class L0Loop:
         variance, before, once_more = self._noise
         if before is not None and once_more is not None:
             bend = (error - 2 * before + once_more) ** 2 / 6
-            variance = average(variance, bend, keep_of(batch, SWING_OVER * lag))
+            variance = average(variance, min(bend, OUTLIER * max(variance, LEAST)), keep_of(batch, SWING_OVER * lag))
         self._noise = (variance, error, before)
         keep = keep_of(batch, SMOOTH * lag)
         return math.sqrt(variance * (1 - keep) / (1 + keep))
@@ -224,9 +238,10 @@ class L0Loop:
         assert self._slow_error is not None
         fast = self._error - self._slow_error
         mean = average(self._swing[0], fast, keep_of(batch, lag))
-        variance = average(self._swing[1], (fast - mean) ** 2, keep_of(batch, SWING_OVER * lag))
+        swing = min((fast - mean) ** 2, SOFTEST * SWING**2)
+        variance = average(self._swing[1], swing, keep_of(batch, SWING_OVER * lag))
         self._swing = (mean, variance)
-        return min(1.0 + max(0.0, variance - noise**2) / SWING**2, SOFTEST)
+        return 1.0 + max(0.0, variance - noise**2) / SWING**2
 
     def _faded_in(self) -> float:
         share = min(1.0, (self._steps + 1) / (FADE_IN * self.lag_steps))
@@ -235,7 +250,7 @@ class L0Loop:
     def put(self, strength: float) -> None:
         """Puts a penalty where an outer law wants it; the loop goes on from there without a jump."""
         u = math.log(clamp(strength, self._low, self._high))
-        self._pi = PI(u, u)
+        self._pi, self._start = PI(u, u), (0.0, 0.0)
         self.strength = math.exp(u)
 
     def disturb(self, factor: float) -> None:
