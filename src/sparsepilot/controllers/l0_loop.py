@@ -41,6 +41,8 @@ RISE, ENOUGH = 0.5, -0.1
 """Nats in a lag by which ln(strength) rises from where it begins by default to a stronger start, and the error, as it
 will be in a lag, at which it goes no further: a start that is too strong is seen before it kills. Nor does it rise
 where thresholds run at their limit: they go no faster for more."""
+UNFELT = 2.0
+"""Lags of that rise that are taken back then."""
 FADE_IN = 3.0
 """Lags over which a penalty fades in, quadratically, so that one far too strong is seen before it kills."""
 SWING, SWING_OVER = 0.02, 3.0
@@ -201,7 +203,7 @@ class L0Loop:
         self._slewing = runs and abs(self._error) - abs(in_a_lag) > CREEP
         left, risen = self._start
         if left > 0 and (self._slewing or in_a_lag < ENOUGH):
-            left, rise = 0.0, -min(risen, RISE)  # what rose during the last lag has not been felt yet
+            left, rise = 0.0, -min(risen, UNFELT * RISE)  # the last lags' rise has not answered yet
         else:
             rise = min(left, RISE * batch / lag)
             left -= rise
