@@ -1,4 +1,4 @@
-"""Cells of benchmarks/control_grid.py, of half as many steps: does closed-loop control arrive, judged as the campaign judges?"""
+"""Cells of benchmarks/control_grid.py, of half as many steps: does control arrive, judged as the campaign judges?"""
 
 from __future__ import annotations
 
