@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from sparsepilot.analysis.pairs import coded
 from sparsepilot.analysis.quality import Latents, Quality
+from sparsepilot.analysis.sites import sites_in_cache
 from sparsepilot.analysis.source import check_model, check_rows, check_source, held_out_contexts
 from sparsepilot.analysis.text import measure_text
 from sparsepilot.data.cache import Cache
@@ -47,13 +48,20 @@ class Subject:
     """of training: dead latents at its end, and the window; empty where nobody knows"""
 
 
-def open_subject(run_dir: str, cache: str | None = None, lm: Mapping[str, Any] | str | None = None) -> Subject:
+def open_subject(
+    run_dir: str,
+    cache: str | None = None,
+    lm: Mapping[str, Any] | str | None = None,
+    site: str | Sequence[str] | None = None,
+) -> Subject:
     """Opens a run's dictionary and its cache; nothing of its checkpoints is read.
 
     Args:
         run_dir: a run whose training has ended; or anything else that `interop.load` reads, with `cache`.
         cache: path of another cache, whose held-out rows take the place of the run's own.
         lm: fields of `lm.load.load` that take the place of the run's; "none" leaves the language model out.
+        site: the cache's name of the dictionary's site, of a transcoder [read, write]; None: what the dictionary's
+            file says, in another tool's words where need be (`analysis.sites`).
 
     Raises:
         CheckpointError, DataError: when the dictionary or the cache cannot be opened.
@@ -71,9 +79,7 @@ def open_subject(run_dir: str, cache: str | None = None, lm: Mapping[str, Any] |
         raise ConfigError(f"run_dir = {run_dir}: is no run (no config.yaml), so nobody knows its rows; give cache=...")
     if isinstance(lm, str) and lm != "none":
         raise ConfigError(f"lm = {lm}: give lm=none, or fields of the language model, such as lm.id=...")
-    if not sae.cfg.get("sites") or not sae.cfg.get("sites_out"):
-        raise ConfigError(f"run_dir = {run_dir}: its file does not name the sites that the dictionary reads and writes")
-    reads, writes = list(sae.cfg["sites"]), list(sae.cfg["sites_out"])
+    reads, writes = sites_in_cache(sae.cfg, path, site, f"run_dir = {run_dir}")
     opened = open_sites(path, list(dict.fromkeys([*reads, *writes])))
     for what, sites, width in (("reads", reads, sae.cfg["d_in"]), ("writes", writes, sae.cfg["d_out"])):
         there = sum(opened.widths[site] for site in sites)
