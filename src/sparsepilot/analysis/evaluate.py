@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from sparsepilot.analysis.pairs import coded
 from sparsepilot.analysis.quality import Latents, Quality
@@ -22,11 +21,11 @@ from sparsepilot.data.together import AnyCache, open_sites
 from sparsepilot.errors import ConfigError
 from sparsepilot.interop.dictionary import Dictionary
 from sparsepilot.interop.load import load
-from sparsepilot.lm.load import LanguageModel
-from sparsepilot.lm.load import load as load_language_model
+from sparsepilot.lm.load import LanguageModel, load_fields
 from sparsepilot.lm.seam import Seam
 from sparsepilot.metrics.dead import dead_window_samples
 from sparsepilot.run_folder import RunFolder, replacing, write_json
+from sparsepilot.saved import read_config, read_summary
 
 EVALUATION, LATENTS = "evaluation.json", "evaluation_latents.json"
 _BLOCK_ROWS = 4096
@@ -69,8 +68,10 @@ def open_subject(
     """
     sae = load(run_dir)
     folder = RunFolder(run_dir)
-    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder.config))) if folder.exists() else {}
+    config = read_config(folder) if folder.exists() else {}
     path = cache if cache is not None else config.get("data", {}).get("path")
+    if path is not None and not isinstance(path, str | dict):
+        raise ConfigError(f"run_dir = {run_dir}: its data.path is {path!r}, a cache's path is needed; give cache=...")
     if path is None and "lm_device" in config.get("data", {}):
         raise ConfigError(
             f"run_dir = {run_dir}: its rows were live and are not kept; give a cache of its sites, cache=..."
@@ -197,22 +198,18 @@ def _language_model(subject: Subject, loaded: dict[str, LanguageModel]) -> Langu
     check_source(subject.cache, subject.lm, field, _WITHOUT)
     key = json.dumps(subject.lm, sort_keys=True)
     if key not in loaded:
-        try:
-            loaded[key] = load_language_model(**subject.lm)
-        except TypeError as error:
-            raise ConfigError(f"lm: {error}") from error
+        loaded[key] = load_fields(subject.lm)
     check_model(subject.cache, loaded[key])
     return loaded[key]
 
 
 def _dead(folder: RunFolder, config: dict[str, Any]) -> dict[str, int]:
-    if not folder.summary.exists():
+    dead = read_summary(folder)["metrics"].get("train/dead_latents")
+    sizes = [config.get(name) for name in ("samples", "batch")]
+    if not isinstance(dead, int | float) or not all(isinstance(size, int) and size > 0 for size in sizes):
         return {}
-    dead = json.loads(folder.summary.read_text(encoding="utf-8")).get("metrics", {}).get("train/dead_latents")
-    if dead is None or not {"samples", "batch"} <= set(config):
-        return {}
-    batch = int(config["batch"])
-    budget_samples = -(-int(config["samples"]) // batch) * batch  # in whole batches
+    samples, batch = sizes
+    budget_samples = -(-samples // batch) * batch  # in whole batches
     return {"dead": int(dead), "dead_window_samples": dead_window_samples(budget_samples)}
 
 

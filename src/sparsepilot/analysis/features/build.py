@@ -79,6 +79,8 @@ def build(
         raise ConfigError(f"rows = {rows}: should be a whole number of at least 1, or null for all")
     if type(seed) is not int or seed < 0:
         raise ConfigError(f"seed = {seed}: should be a whole number of at least 0")
+    if type(save_every_s) not in (int, float) or not save_every_s >= 0:
+        raise ConfigError(f"save_every_s = {save_every_s}: should be seconds, at least 0")
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / SUMMARY).is_file())):
         raise ConfigError(f"out = {target}: is there already and holds something else; name another folder")
     console = console or Console(soft_wrap=True)
