@@ -33,7 +33,7 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
 
 
 def read_summary(folder: RunFolder) -> dict[str, Any]:
-    """summary.json with its `metrics` and `environment`, each empty where it is missing; all are where training goes on.
+    """summary.json with its `metrics` and `environment`, each empty where it is missing, as in a run not ended.
 
     Raises:
         ConfigError: when it is damaged.
