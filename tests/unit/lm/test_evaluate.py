@@ -223,6 +223,21 @@ def test_what_cannot_be_evaluated_is_one_line(run: Path) -> None:
             evaluate(open_subject(str(run), **options), **sizes)
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
+    for name, text, message in [
+        ("summary.json", '{"metrics":', "summary.json: is damaged"),
+        ("summary.json", '{"metrics": [1]}', "summary.json: metrics is [1], an object with fields is needed"),
+        ("config.yaml", "a: [", "config.yaml: is damaged"),
+        ("config.yaml", "", "config.yaml: is no configuration of a run"),
+        ("config.yaml", "data: 5", "config.yaml: data is 5, an object with fields is needed"),
+        ("config.yaml", "data: {path: 5}", "its data.path is 5"),
+    ]:
+        good = (run / name).read_text()
+        (run / name).write_text(text)
+        with pytest.raises(ConfigError) as refused:
+            open_subject(str(run))
+        assert message in str(refused.value)
+        assert "\n" not in str(refused.value)
+        (run / name).write_text(good)
     assert not (run / EVALUATION).exists()
 
 
