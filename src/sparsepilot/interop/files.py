@@ -74,9 +74,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: is damaged, or a pickle of more than tensors, which could run code and is never opened"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds {type(state).__name__}, a state dict of tensors is needed")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or _has_no_numbers(value):
+            raise CheckpointError(f"{path}: {name!r} is no plain tensor under a name, as a state dict has them")
     return state
+
+
+def _has_no_numbers(tensor: Tensor) -> bool:
+    return tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized
 
 
 @contextlib.contextmanager
