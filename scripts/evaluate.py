@@ -23,6 +23,7 @@ from rich.table import Table
 from sparsepilot.config.cli import arguments, run_paths, user_errors
 from sparsepilot.errors import ConfigError
 from sparsepilot.process_memory import keep_freed_memory
+from sparsepilot.run_folder import make_folder
 
 FIELDS: dict[str, Any] = {
     "run_dir": "???", "cache": None, "lm": None, "tokens": 10_000, "rows": 100_000, "batch_contexts": 4, "out": None,
@@ -55,6 +56,8 @@ def main() -> None:
     keep_freed_memory()
     subjects = [open_subject(path, cfg["cache"], cfg["lm"], cfg["site"]) for path in paths]
     folders = _folders(paths, cfg["out"])
+    for folder in folders:
+        make_folder(folder)  # before anything is measured
     console = Console(stderr=True)
     sizes = {name: cfg[name] for name in ("tokens", "rows", "batch_contexts")}
     found, loaded = [], {}
@@ -63,7 +66,6 @@ def main() -> None:
             figures, each = evaluate(
                 subject, **sizes, language_models=loaded, say=lambda line, s=subject: status.update(f"{s.name}: {line}")
             )
-        folder.mkdir(parents=True, exist_ok=True)
         write_evaluation(folder, figures, each)
         found.append(figures)
     out = Console(width=None if sys.stdout.isatty() else 200)

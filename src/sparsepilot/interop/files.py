@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsepilot.errors import CheckpointError, ConfigError
-from sparsepilot.run_folder import sync_folder
+from sparsepilot.run_folder import make_folder, sync_folder
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -96,10 +96,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     path = Path(os.path.abspath(path))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"out = {path}: is there already and not empty; name a folder that is not")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
-    temporary.mkdir()
+    make_folder(temporary)
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):

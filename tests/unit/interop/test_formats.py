@@ -560,6 +560,32 @@ def test_a_run_is_exported_and_published(train_tiny: Any, tmp_path: Path, capsys
     ]
 
 
+def test_folders_with_odd_names_and_places_that_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export([folded("topk", "autoencoder")], "saelens", Path("007"))
+    script("export.py", "run_dir=007", "format=saelens", "out=1e3")
+    script("publish.py", "run_dir=1e3", "out=-5")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["-5", "007", "1e3"]
+    file = tmp_path / "007" / "cfg.json"
+    for words, message in [
+        (["export.py", "run_dir=8", "format=saelens", "out=x"], "8: there is no such file or folder"),
+        (["export.py", "run_dir=007", "format=3", "out=x"], "format = 3: there is no such format"),
+        (["export.py", "run_dir=007", "format=saelens", "out=[a,b]"], "should be one name"),
+        (["export.py", "run_dir=007", "format=saelens", f"out={file}/sub"], f"out = {file}: no folder can be made"),
+        (["export.py", "run_dir=007", "format=saelens", f"out={file}/a/b"], f"out = {file}/a: no folder can be made"),
+        (["export.py", "run_dir=007", "format=saelens", "out=/proc/x/y"], "out = /proc/x: no folder can be made"),
+        (["publish.py", "run_dir=007", "out=/proc/x"], "out = /proc/.x.tmp: no folder can be made"),
+    ]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            script(*words)
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
 def test_a_folder_of_the_language_model_stays_private(tmp_path: Path) -> None:
     from sparsepilot.reporting.publishing import publish
 

@@ -27,7 +27,7 @@ from sparsepilot.analysis.features.source import Source, open_source
 from sparsepilot.analysis.features.sparse_codes import SparseEncoder
 from sparsepilot.analysis.features.survey import NUM_BINS, SAMPLE, TOP, Reader, Survey, bin_edges
 from sparsepilot.errors import ConfigError
-from sparsepilot.run_folder import RunFolder, sync_folder, write_json
+from sparsepilot.run_folder import RunFolder, make_folder, sync_folder, write_json
 
 FORMAT = 1
 STATE, LISTING, SUMMARY, TABLE = "pass.npz", "features.jsonl", "features.json", "sample.json"
@@ -196,7 +196,7 @@ def _publish(building: Path, page: Path, target: Path) -> None:
 @contextmanager
 def _alone(building: Path) -> Iterator[None]:
     """The folder that a page is built in, for this process alone."""
-    building.mkdir(parents=True, exist_ok=True)
+    make_folder(building)
     with open(building / ".lock", "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
