@@ -205,10 +205,9 @@ def _language_model(subject: Subject, loaded: dict[str, LanguageModel]) -> Langu
 
 def _dead(folder: RunFolder, config: dict[str, Any]) -> dict[str, int]:
     dead = read_summary(folder)["metrics"].get("train/dead_latents")
-    sizes = [config.get(name) for name in ("samples", "batch")]
-    if not isinstance(dead, int | float) or not all(isinstance(size, int) and size > 0 for size in sizes):
+    samples, batch = config.get("samples"), config.get("batch")
+    if not isinstance(dead, int | float) or not isinstance(samples, int) or not isinstance(batch, int) or batch < 1:
         return {}
-    samples, batch = sizes
     budget_samples = -(-samples // batch) * batch  # in whole batches
     return {"dead": int(dead), "dead_window_samples": dead_window_samples(budget_samples)}
 
