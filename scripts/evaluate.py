@@ -6,8 +6,9 @@ python scripts/evaluate.py run_dir=exports/mine cache=cache/demo lm.id=... out=r
 
 tokens=10000 (of the language model's predictions, at least; null: all), rows=100000 (of the cache, at most; null:
 all), batch_contexts=4; lm=none leaves the language model out, lm.dtype=... and so on take the place of the run's own;
-cache=... is another cache. out=... is a folder for the results, with one below it for each of several runs.
-docs/evaluation.md says what each figure means.
+cache=... is another cache. site=... is the cache's name of a dictionary's site, where its file has a name that says
+nothing here (of a transcoder site=[<read>,<write>]). out=... is a folder for the results, with one below it for each of
+several runs. docs/evaluation.md says what each figure means.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from rich.table import Table
 from sparsepilot.config.cli import arguments, run_paths, user_errors
 from sparsepilot.errors import ConfigError
 from sparsepilot.process_memory import keep_freed_memory
+from sparsepilot.run_folder import make_folder
 
 FIELDS: dict[str, Any] = {
     "run_dir": "???", "cache": None, "lm": None, "tokens": 10_000, "rows": 100_000, "batch_contexts": 4, "out": None,
+    "site": None,
 }  # fmt: skip
 COLUMNS: dict[str, tuple[str, str, str]] = {
     "L0": ("rows", "l0", ".2f"),
@@ -51,8 +54,10 @@ def main() -> None:
     cfg = arguments(sys.argv[1:], FIELDS)
     paths = run_paths(cfg["run_dir"])
     keep_freed_memory()
-    subjects = [open_subject(path, cfg["cache"], cfg["lm"]) for path in paths]
+    subjects = [open_subject(path, cfg["cache"], cfg["lm"], cfg["site"]) for path in paths]
     folders = _folders(paths, cfg["out"])
+    for folder in folders:
+        make_folder(folder)  # before anything is measured
     console = Console(stderr=True)
     sizes = {name: cfg[name] for name in ("tokens", "rows", "batch_contexts")}
     found, loaded = [], {}
@@ -61,7 +66,6 @@ def main() -> None:
             figures, each = evaluate(
                 subject, **sizes, language_models=loaded, say=lambda line, s=subject: status.update(f"{s.name}: {line}")
             )
-        folder.mkdir(parents=True, exist_ok=True)
         write_evaluation(folder, figures, each)
         found.append(figures)
     out = Console(width=None if sys.stdout.isatty() else 200)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from sparsepilot.errors import ConfigError
+
 
 class RunFolder:
     """Paths of one run.
@@ -52,6 +54,19 @@ class RunFolder:
         while (self.path / f"config-{number}.yaml").exists():
             number += 1
         return self.path / f"config-{number}.yaml"
+
+
+def make_folder(path: Path, field: str = "out") -> None:
+    """Makes a folder and those above it, unless it is there.
+
+    Raises:
+        ConfigError: begun with `field`, where it cannot be made: a file is in its place or above it, or it is no place
+            to write to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{field} = {path}: no folder can be made there ({error.strerror}); name another") from error
 
 
 @contextlib.contextmanager

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from sparsepilot.analysis.pairs import coded
 from sparsepilot.analysis.quality import Latents, Quality
+from sparsepilot.analysis.sites import sites_in_cache
 from sparsepilot.analysis.source import check_model, check_rows, check_source, held_out_contexts
 from sparsepilot.analysis.text import measure_text
 from sparsepilot.data.cache import Cache
@@ -21,11 +21,11 @@ from sparsepilot.data.together import AnyCache, open_sites
 from sparsepilot.errors import ConfigError
 from sparsepilot.interop.dictionary import Dictionary
 from sparsepilot.interop.load import load
-from sparsepilot.lm.load import LanguageModel
-from sparsepilot.lm.load import load as load_language_model
+from sparsepilot.lm.load import LanguageModel, load_fields
 from sparsepilot.lm.seam import Seam
 from sparsepilot.metrics.dead import dead_window_samples
 from sparsepilot.run_folder import RunFolder, replacing, write_json
+from sparsepilot.saved import read_config, read_summary
 
 EVALUATION, LATENTS = "evaluation.json", "evaluation_latents.json"
 _BLOCK_ROWS = 4096
@@ -47,13 +47,20 @@ class Subject:
     """of training: dead latents at its end, and the window; empty where nobody knows"""
 
 
-def open_subject(run_dir: str, cache: str | None = None, lm: Mapping[str, Any] | str | None = None) -> Subject:
+def open_subject(
+    run_dir: str,
+    cache: str | None = None,
+    lm: Mapping[str, Any] | str | None = None,
+    site: str | Sequence[str] | None = None,
+) -> Subject:
     """Opens a run's dictionary and its cache; nothing of its checkpoints is read.
 
     Args:
         run_dir: a run whose training has ended; or anything else that `interop.load` reads, with `cache`.
         cache: path of another cache, whose held-out rows take the place of the run's own.
         lm: fields of `lm.load.load` that take the place of the run's; "none" leaves the language model out.
+        site: the cache's name of the dictionary's site, of a transcoder [read, write]; None: what the dictionary's
+            file says, in another tool's words where need be (`analysis.sites`).
 
     Raises:
         CheckpointError, DataError: when the dictionary or the cache cannot be opened.
@@ -61,8 +68,10 @@ def open_subject(run_dir: str, cache: str | None = None, lm: Mapping[str, Any] |
     """
     sae = load(run_dir)
     folder = RunFolder(run_dir)
-    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder.config))) if folder.exists() else {}
+    config = read_config(folder) if folder.exists() else {}
     path = cache if cache is not None else config.get("data", {}).get("path")
+    if path is not None and not isinstance(path, str | dict):
+        raise ConfigError(f"run_dir = {run_dir}: its data.path is {path!r}, a cache's path is needed; give cache=...")
     if path is None and "lm_device" in config.get("data", {}):
         raise ConfigError(
             f"run_dir = {run_dir}: its rows were live and are not kept; give a cache of its sites, cache=..."
@@ -71,9 +80,7 @@ def open_subject(run_dir: str, cache: str | None = None, lm: Mapping[str, Any] |
         raise ConfigError(f"run_dir = {run_dir}: is no run (no config.yaml), so nobody knows its rows; give cache=...")
     if isinstance(lm, str) and lm != "none":
         raise ConfigError(f"lm = {lm}: give lm=none, or fields of the language model, such as lm.id=...")
-    if not sae.cfg.get("sites") or not sae.cfg.get("sites_out"):
-        raise ConfigError(f"run_dir = {run_dir}: its file does not name the sites that the dictionary reads and writes")
-    reads, writes = list(sae.cfg["sites"]), list(sae.cfg["sites_out"])
+    reads, writes = sites_in_cache(sae.cfg, path, site, f"run_dir = {run_dir}")
     opened = open_sites(path, list(dict.fromkeys([*reads, *writes])))
     for what, sites, width in (("reads", reads, sae.cfg["d_in"]), ("writes", writes, sae.cfg["d_out"])):
         there = sum(opened.widths[site] for site in sites)
@@ -191,22 +198,17 @@ def _language_model(subject: Subject, loaded: dict[str, LanguageModel]) -> Langu
     check_source(subject.cache, subject.lm, field, _WITHOUT)
     key = json.dumps(subject.lm, sort_keys=True)
     if key not in loaded:
-        try:
-            loaded[key] = load_language_model(**subject.lm)
-        except TypeError as error:
-            raise ConfigError(f"lm: {error}") from error
+        loaded[key] = load_fields(subject.lm)
     check_model(subject.cache, loaded[key])
     return loaded[key]
 
 
 def _dead(folder: RunFolder, config: dict[str, Any]) -> dict[str, int]:
-    if not folder.summary.exists():
+    dead = read_summary(folder)["metrics"].get("train/dead_latents")
+    samples, batch = config.get("samples"), config.get("batch")
+    if not isinstance(dead, int | float) or not isinstance(samples, int) or not isinstance(batch, int) or batch < 1:
         return {}
-    dead = json.loads(folder.summary.read_text(encoding="utf-8")).get("metrics", {}).get("train/dead_latents")
-    if dead is None or not {"samples", "batch"} <= set(config):
-        return {}
-    batch = int(config["batch"])
-    budget_samples = -(-int(config["samples"]) // batch) * batch  # in whole batches
+    budget_samples = -(-samples // batch) * batch  # in whole batches
     return {"dead": int(dead), "dead_window_samples": dead_window_samples(budget_samples)}
 
 

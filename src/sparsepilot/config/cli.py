@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsepilot import launch, ranks, slurm
@@ -145,11 +145,32 @@ def arguments(given: list[str], fields: dict[str, Any]) -> dict[str, Any]:
     for key in map(str, cfg):
         if key not in fields:
             raise ConfigError(f"{key} = {cfg[key]}: there is no such field; {nearest(key, fields)}")
+        if key in TEXTS and not OmegaConf.is_missing(cfg, key):
+            cfg[key] = _text(key, given, cfg[key], several=key == "run_dir")
     merged = OmegaConf.merge(fields, cfg)
     for key in fields:
         if OmegaConf.is_missing(merged, key):
             raise ConfigError(f"{key}: missing; set {key}=...")
     return cast(dict[str, Any], OmegaConf.to_container(merged))
+
+
+TEXTS = ("run_dir", "out", "cache", "format", "hook", "hook_out")
+"""Fields of small scripts that name a folder or another thing, though the name may read as a number."""
+
+
+def _text(field: str, given: list[str], value: Any, several: bool) -> Any:
+    """A value as it was written; null stays null.
+
+    Raises:
+        ConfigError: where it is a list or an object, and one name is wanted.
+    """
+    if several and isinstance(value, ListConfig):
+        return [str(each) for each in value]
+    if isinstance(value, ListConfig | DictConfig):
+        raise ConfigError(f"{field} = {value}: should be one name")
+    if value is None or isinstance(value, str):
+        return value
+    return next(text for name, _, text in (one.partition("=") for one in reversed(given)) if name == field)
 
 
 def one_line(error: BaseException) -> str | None:

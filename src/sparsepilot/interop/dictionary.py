@@ -140,8 +140,9 @@ def build(cfg: dict[str, Any], tensors: dict[str, Tensor], config_path: Path) ->
             raise CheckpointError(f"{folder}: holds {name}, which {cfg['architecture']} {cfg['blocks']}s do not have")
         if not tensor.is_floating_point():
             raise CheckpointError(f"{folder}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, not numbers")
-        if bool(tensor.isnan().any()):
-            raise CheckpointError(f"{folder}: {name} holds NaN")
+        fp32 = tensor.float()
+        if not bool(fp32.isfinite().all()):
+            raise CheckpointError(f"{folder}: {name} holds {'NaN' if bool(fp32.isnan().any()) else 'infinity'}")
     return Dictionary(cfg, {name: tensor.float().contiguous() for name, tensor in tensors.items()})
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsepilot.errors import CheckpointError, ConfigError
-from sparsepilot.run_folder import sync_folder
+from sparsepilot.run_folder import make_folder, sync_folder
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -74,9 +74,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: is damaged, or a pickle of more than tensors, which could run code and is never opened"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds {type(state).__name__}, a state dict of tensors is needed")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or _has_no_numbers(value):
+            raise CheckpointError(f"{path}: {name!r} is no plain tensor under a name, as a state dict has them")
     return state
+
+
+def _has_no_numbers(tensor: Tensor) -> bool:
+    return tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized
 
 
 @contextlib.contextmanager
@@ -89,10 +96,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     path = Path(os.path.abspath(path))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"out = {path}: is there already and not empty; name a folder that is not")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
-    temporary.mkdir()
+    make_folder(temporary)
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):

@@ -46,6 +46,8 @@ def fetch(reference: str, files: Callable[[set[str], str | None], list[str]], hu
         names = {path[len(prefix) :] for path in paths if path.startswith(prefix)}
         names = {name for name in names if "/" not in name}
         needed = files(names, file)
+        if file is not None and file not in needed:  # its neighbours are not what was asked for
+            names, needed = {file}, []
         got = [Path(hub.hf_hub_download(repo, prefix + name, revision=revision)) for name in needed]
     except CheckpointError as error:
         raise CheckpointError(f"{reference}: {error}") from error

@@ -28,6 +28,8 @@ def load(path: str | Path) -> Dictionary:
     if not folder.is_dir():
         raise CheckpointError(f"{given}: there is no such file or folder")
     names = {entry.name for entry in folder.iterdir()}
+    if file is not None:
+        _check_named(folder, names, file)
     own = sorted(name for name in names if (folder / name / dictionary.CONFIG).is_file())
     if own and "metrics.jsonl" in names:
         raise CheckpointError(
@@ -46,7 +48,30 @@ def load(path: str | Path) -> Dictionary:
             f"{folder}: holds {there}; a run folder whose training has ended, or a dictionary of one of "
             f"{', '.join(FORMATS)} is needed"
         )
-    return FORMATS[format_name].read(folder, file)
+    return _read(format_name, folder, file)
+
+
+def _read(format_name: str, folder: Path, file: str | None) -> Dictionary:
+    """Reads a stranger's files: of what their numbers and types can be, a format's reader need not think of all."""
+    try:
+        return FORMATS[format_name].read(folder, file)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{folder}: is no dictionary that {format_name} could have written ({said})") from error
+
+
+def _check_named(folder: Path, names: set[str], file: str) -> None:
+    """CheckpointError unless a file that was named is one of those that are read."""
+    try:
+        if file in (dictionary.CONFIG, dictionary.TENSORS) or file in _files(names, file):
+            return
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    raise CheckpointError(
+        f"{folder / file}: is no file of a dictionary that is known by its name; name the folder, or another file"
+    )
 
 
 def _format_of(names: set[str], file: str | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
@@ -75,7 +76,9 @@ def attach(
             that is edited twice.
     """
     read, write = _sites(sae, site)
-    ids_E, factors_E, values_E = _edits(sae.cfg["d_sae"], ablate, scale or {}, clamp or {})
+    ids_E, factors_E, values_E = _edits(
+        sae.cfg["d_sae"], ablate, {} if scale is None else scale, {} if clamp is None else clamp
+    )
     _check_widths(model, sae, read, write)
     if skip_tokens is None:
         config = getattr(model, "config", None)
@@ -177,23 +180,48 @@ def _edits(
     ids: list[int] = []
     factors: list[float] = []
     values: list[float] = []
-    given: dict[str, Mapping[int, float]] = {"ablate": dict.fromkeys(ablate, 0.0), "scale": scale, "clamp": clamp}
-    for field, edits in given.items():
-        for latent, number in edits.items():
-            if not isinstance(latent, int) or isinstance(latent, bool) or not 0 <= latent < d_sae:
-                raise ConfigError(
-                    f"attach: {field}: there is no latent {latent!r}; the dictionary has 0 to {d_sae - 1}"
-                )
+    try:
+        ablated = list(ablate)
+    except TypeError as error:
+        raise ConfigError(f"attach: ablate = {ablate!r}: a list of latents is needed") from error
+    for field, edits in (("scale", scale), ("clamp", clamp)):
+        if not isinstance(edits, Mapping):
+            raise ConfigError(f"attach: {field} = {edits!r}: a number for each latent is needed, {{latent: number}}")
+    given: dict[str, list[tuple[Any, Any]]] = {
+        "ablate": [(latent, 0.0) for latent in ablated], "scale": [*scale.items()], "clamp": [*clamp.items()],
+    }  # fmt: skip
+    for field, pairs in given.items():
+        for named, number in pairs:
+            latent = _integer(named)
+            if latent is None or not 0 <= latent < d_sae:
+                raise ConfigError(f"attach: {field}: there is no latent {named!r}; the dictionary has 0 to {d_sae - 1}")
+            if field == "ablate" and latent in ids:
+                continue
             if latent in ids:
                 raise ConfigError(
                     f"attach: {field}: latent {latent} is edited twice; name it in one of {', '.join(given)}"
                 )
-            if not math.isfinite(number):
-                raise ConfigError(f"attach: {field}: latent {latent} has {number}; a finite number is needed")
+            if not _is_finite(number):
+                raise ConfigError(f"attach: {field}: latent {latent} has {number!r}; a finite number is needed")
             ids.append(latent)
             factors.append(0.0 if field == "clamp" else float(number))
             values.append(float(number) if field == "clamp" else math.nan)
     return torch.tensor(ids, dtype=torch.long), torch.tensor(factors), torch.tensor(values)
+
+
+def _integer(value: Any) -> int | None:
+    """Of an integer of Python, numpy or torch; None of anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return not isinstance(number, str) and math.isfinite(number)
+    except (TypeError, ValueError, RuntimeError):  # of numpy's and torch's, too, where it is not one number
+        return False
 
 
 def _check_widths(model: nn.Module, sae: Codec, read: str, write: str) -> None:

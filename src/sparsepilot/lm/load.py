@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,22 @@ def load(
     return LanguageModel(model.to(device), tokenizer, id, found_revision, torch_dtype)
 
 
+def load_fields(fields: Mapping[str, Any]) -> LanguageModel:
+    """`load` with fields from a file or a command line that nobody has looked at yet.
+
+    Raises ConfigError, besides what `load` does, for a field that there is not, and where `id` is missing.
+    """
+    known = inspect.signature(load).parameters
+    for name in fields:
+        if name not in known:
+            raise ConfigError(f"lm.{name} = {fields[name]}: there is no such field; {nearest(str(name), known)}")
+    if not isinstance(fields.get("id"), str):
+        raise ConfigError(
+            f"lm.id = {fields.get('id')}: give the hub id, folder or label of the language model, lm.id=..."
+        )
+    return load(**fields)
+
+
 def sha256_of(paths: list[Path]) -> str:
     """Hex SHA-256 over the names and contents of files, in the given order."""
     digest = hashlib.sha256()
@@ -131,7 +148,14 @@ def _from_pretrained(name: str, dtype: torch.dtype, option: str, **options: Any)
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        transformers.AutoConfig.from_pretrained(name, **options)  # apart from the tokenizer, to say which is missing
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise DataError(
+                f"{option}={name!r}: no tokenizer in {name}: save the model's own tokenizer beside it "
+                f"(tokenizer.save_pretrained), or give a model that has one; transformers says: {_one_line(error)}"
+            ) from error
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise DataError(f"{option}={name!r}: transformers cannot load this model: {_one_line(error)}") from error
@@ -207,5 +231,4 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsepilot.errors import CheckpointError, ConfigError, nearest
+from sparsepilot.errors import ConfigError, nearest
 from sparsepilot.interop import dictionary
 from sparsepilot.interop.dictionary import Dictionary
 from sparsepilot.interop.export import export
-from sparsepilot.interop.files import new_folder, read_json
+from sparsepilot.interop.files import new_folder
 from sparsepilot.interop.formats import FORMATS, WRITABLE
 from sparsepilot.interop.formats.refuse import Names, Written, kind_of
 from sparsepilot.interop.load import load
 from sparsepilot.interop.names import model_of
 from sparsepilot.run_folder import RunFolder, replacing
+from sparsepilot.saved import read_summary
 
 CARD = "README.md"
 PUBLIC = ("context_length", "model_dtype", "model_revision", "num_documents", "tokenizer", "tokenizer_hash")
@@ -56,7 +57,7 @@ def publish(
         if format not in WRITABLE:
             raise ConfigError(f"formats = {list(formats)}: there is no {format}; {nearest(format, WRITABLE)}")
     sae = load(run_dir)
-    summary = _summary(RunFolder(run_dir).summary)
+    summary = read_summary(RunFolder(run_dir))
     cfg = public_config(sae.cfg)
     with new_folder(out) as folder:
         dictionary.save(folder, cfg, sae.tensors())
@@ -148,13 +149,6 @@ def _text(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def _code(text: str) -> list[str]:
     return ["```python", *text.rstrip("\n").split("\n"), "```"]
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path) if path.is_file() else {}
-    except CheckpointError as error:
-        raise ConfigError(f"run_dir: {error}") from error
 
 
 def _is_number(value: Any) -> bool:

@@ -126,6 +126,23 @@ def test_what_a_tool_cannot_name_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("kind", ["transcoder", "cross_layer_transcoder"])
+@pytest.mark.parametrize("names", [Names("foo"), Names(None, "blocks.0.hook"), Names("")])
+def test_a_name_that_says_no_place_is_not_dropped(tmp_path: Path, kind: str, names: Names) -> None:
+    with pytest.raises(ConfigError, match=r"is no hook of a layer; give one|are not one hook of ascending layers"):
+        export([folded("jumprelu-step", kind)], "circuit_tracer", tmp_path / "out", names)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_label_that_nobody_reads_may_say_anything(tmp_path: Path) -> None:
+    sae = folded("topk", "autoencoder")
+    for sites, label in ((["lm_head"], "lm_head"), (None, None)):
+        sae.cfg |= {"sites": sites, "sites_out": sites}
+        export([sae], "dictionary_learning", tmp_path / str(label))
+        assert json.loads((tmp_path / str(label) / "config.json").read_text())["trainer"]["submodule_name"] == label
+        assert sparsepilot.load(tmp_path / str(label)).cfg["sites"] == sites
+
+
 def test_the_user_may_name_the_places(tmp_path: Path) -> None:
     sae = folded("jumprelu-step", "transcoder")
     sae.cfg |= {"sites": ["a"], "sites_out": ["b"]}
@@ -243,6 +260,7 @@ def test_nan_integers_missing_and_unknown_tensors_are_refused(tmp_path: Path) ->
     b_dec[3] = float("nan")
     for change, message in [
         ({"b_dec": b_dec}, "b_dec holds NaN"),
+        ({"b_dec": b_dec.nan_to_num(float("inf"))}, "b_dec holds infinity"),
         ({"b_enc": torch.zeros(96, dtype=torch.int64)}, "b_enc holds int64, not numbers"),
         ({"threshold": None}, r"threshold has shape None, cfg.json says \[96\]"),
         ({"W_gate": torch.zeros(3)}, "holds W_gate, which jumprelu autoencoders do not have"),
@@ -352,6 +370,44 @@ def test_no_pickle_runs(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.parametrize(
+    ("format", "change", "message"),
+    [
+        ("dictionary_learning", {1: torch.zeros(2)}, "1 is no plain tensor under a name"),
+        ("dictionary_learning", {"k": torch.tensor(float("nan"))}, "could have written .*NaN"),
+        ("dictionary_learning", {"group_sizes": torch.tensor(96)}, "is no dictionary that dictionary_learning could"),
+        ("dictionary_learning", {"b_dec": torch.zeros(12, device="meta")}, "'b_dec' is no plain tensor"),
+        ("dictionary_learning", {"b_dec": torch.zeros(12).to_sparse()}, "'b_dec' is no plain tensor|is damaged"),
+        ("saelens", {"b_enc": torch.zeros(())}, "is no dictionary that saelens could have written"),
+    ],
+)
+def test_odd_tensors_of_a_stranger_are_one_clear_error(
+    tmp_path: Path, format: str, change: dict[Any, Tensor], message: str
+) -> None:
+    sae = folded("batchtopk", "autoencoder")
+    folder = tmp_path / "out"
+    export([sae], format, folder)
+    if format == "saelens":
+        config = json.loads((folder / "cfg.json").read_text())
+        del config["d_sae"]
+        (folder / "cfg.json").write_text(json.dumps(config))
+        save_file(load_file(folder / "sae_weights.safetensors") | change, folder / "sae_weights.safetensors")
+    else:
+        torch.save(torch.load(folder / "ae.pt") | change, folder / "ae.pt")
+    refused(folder, message)
+
+
+def test_a_file_that_is_named_is_the_one_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = exported(tmp_path, "saelens")
+    (folder / "other.pkl").write_bytes(b"anything")
+    assert sparsepilot.load(folder / "cfg.json").cfg == sparsepilot.load(folder).cfg
+    with pytest.raises(CheckpointError, match=r"other.pkl: is no file of a dictionary"):
+        sparsepilot.load(folder / "other.pkl")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", FakeHub(folder.parent))  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"holds other.pkl; no dictionary of a known format"):
+        sparsepilot.load(f"hf:me/saes/{folder.name}/other.pkl")
+
+
 def test_gemma_scope_of_wrong_shapes_or_cut_is_refused(tmp_path: Path) -> None:
     arrays = {"W_enc": np.ones((4, 6)), "b_enc": np.ones(6), "W_dec": np.ones((6, 4)), "b_dec": np.ones(4)}
     np.savez(tmp_path / "params.npz", **arrays)
@@ -360,6 +416,9 @@ def test_gemma_scope_of_wrong_shapes_or_cut_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, r"threshold has shape \[5\], params.npz says \[6\]")
     np.savez(tmp_path / "params.npz", **{**arrays, "threshold": np.ones(6)})
     assert sparsepilot.load(tmp_path).cfg["blocks"] == "autoencoder"
+    np.savez(tmp_path / "params.npz", **{**arrays, "threshold": np.ones(6, dtype=np.complex64)})
+    refused(tmp_path, "is no dictionary that gemma_scope could have written")
+    np.savez(tmp_path / "params.npz", **{**arrays, "threshold": np.ones(6)})
     whole = (tmp_path / "params.npz").read_bytes()
     (tmp_path / "params.npz").write_bytes(whole[: len(whole) // 2])
     refused(tmp_path, "is no npz file of plain numbers")
@@ -499,6 +558,32 @@ def test_a_run_is_exported_and_published(train_tiny: Any, tmp_path: Path, capsys
     assert sorted(path.name for path in (tmp_path / "set").glob("layer_*")) == [
         f"layer_{layer}.safetensors" for layer in range(2)
     ]
+
+
+def test_folders_with_odd_names_and_places_that_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export([folded("topk", "autoencoder")], "saelens", Path("007"))
+    script("export.py", "run_dir=007", "format=saelens", "out=1e3")
+    script("publish.py", "run_dir=1e3", "out=-5")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["-5", "007", "1e3"]
+    file = tmp_path / "007" / "cfg.json"
+    for words, message in [
+        (["export.py", "run_dir=8", "format=saelens", "out=x"], "8: there is no such file or folder"),
+        (["export.py", "run_dir=007", "format=3", "out=x"], "format = 3: there is no such format"),
+        (["export.py", "run_dir=007", "format=saelens", "out=[a,b]"], "should be one name"),
+        (["export.py", "run_dir=007", "format=saelens", f"out={file}/sub"], f"out = {file}: no folder can be made"),
+        (["export.py", "run_dir=007", "format=saelens", f"out={file}/a/b"], f"out = {file}/a: no folder can be made"),
+        (["export.py", "run_dir=007", "format=saelens", "out=/proc/x/y"], "out = /proc/x: no folder can be made"),
+        (["publish.py", "run_dir=007", "out=/proc/x"], "out = /proc/.x.tmp: no folder can be made"),
+    ]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            script(*words)
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
 
 
 def test_a_folder_of_the_language_model_stays_private(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -208,6 +209,11 @@ def test_a_transcoder_reads_one_site_and_acts_at_another(keep_error: bool) -> No
         ({}, ("model.layers.2", "model.layers.1"), "computes model.layers.2 after model.layers.1"),
         ({"ablate": [F]}, None, "attach: ablate: there is no latent 40; the dictionary has 0 to 39"),
         ({"scale": {-1: 2.0}}, None, "attach: scale: there is no latent -1"),
+        ({"ablate": 3}, None, "attach: ablate = 3: a list of latents is needed"),
+        ({"ablate": [True]}, None, "attach: ablate: there is no latent True"),
+        ({"ablate": torch.tensor([1.5])}, None, "attach: ablate: there is no latent tensor(1.5000)"),
+        ({"scale": [2]}, None, "attach: scale = [2]: a number for each latent is needed"),
+        ({"clamp": {1: "x"}}, None, "attach: clamp: latent 1 has 'x'; a finite number is needed"),
         ({"clamp": {2: float("inf")}}, None, "attach: clamp: latent 2 has inf"),
         ({"ablate": [2], "clamp": {2: 1.0}}, None, "attach: clamp: latent 2 is edited twice"),
     ],
@@ -219,6 +225,20 @@ def test_what_does_not_fit_is_one_line_and_leaves_the_model_alone(options: Any, 
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert hooks(model) == 0
+
+
+@torch.no_grad()
+def test_integers_of_numpy_and_torch_name_latents() -> None:
+    model, sae = make("llama").model, dictionary()
+    logits = []
+    for ids in ([3, 5], np.array([3, 5]), torch.tensor([3, 5, 3])):
+        clamp = {np.int64(7): np.float32(30)} if isinstance(ids, np.ndarray) else {7: 30.0}
+        with sparsepilot.attach(model, sae, ablate=ids, clamp=clamp):
+            logits.append(model(tokens(), use_cache=False).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+    with pytest.raises(ConfigError, match="latent 3 is edited twice"):
+        sparsepilot.attach(model, sae, ablate=torch.tensor([3]), clamp={np.int64(3): 1.0})
 
 
 def test_several_sites_have_no_one_place() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from omegaconf import OmegaConf
 from torch import Tensor
 
 import sparsepilot
@@ -22,6 +23,8 @@ from sparsepilot.analysis.source import held_out_contexts
 from sparsepilot.analysis.text import measure_text
 from sparsepilot.data.cache import Cache
 from sparsepilot.errors import ConfigError, SparsepilotError
+from sparsepilot.interop.export import export
+from sparsepilot.interop.formats.refuse import Names
 from sparsepilot.lm.load import load
 from sparsepilot.lm.seam import Seam
 from sparsepilot.lm.splice import SplicedCrossEntropy
@@ -220,6 +223,21 @@ def test_what_cannot_be_evaluated_is_one_line(run: Path) -> None:
             evaluate(open_subject(str(run), **options), **sizes)
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
+    for name, text, message in [
+        ("summary.json", '{"metrics":', "summary.json: is damaged"),
+        ("summary.json", '{"metrics": [1]}', "summary.json: metrics is [1], an object with fields is needed"),
+        ("config.yaml", "a: [", "config.yaml: is damaged"),
+        ("config.yaml", "", "config.yaml: is no configuration of a run"),
+        ("config.yaml", "data: 5", "config.yaml: data is 5, an object with fields is needed"),
+        ("config.yaml", "data: {path: 5}", "its data.path is 5"),
+    ]:
+        good = (run / name).read_text()
+        (run / name).write_text(text)
+        with pytest.raises(ConfigError) as refused:
+            open_subject(str(run))
+        assert message in str(refused.value)
+        assert "\n" not in str(refused.value)
+        (run / name).write_text(good)
     assert not (run / EVALUATION).exists()
 
 
@@ -245,3 +263,39 @@ def test_a_run_without_a_language_model_or_with_other_rows(
         open_subject(str(run))
     with pytest.raises(ConfigError, match=r"does not say where the language model .* give lm.id="):
         evaluate(open_subject(str(run), cache=str(cache)))
+
+
+@pytest.mark.parametrize(
+    ("format", "change", "site"),
+    [
+        ("saelens", {}, None),
+        ("sparsify", {}, None),
+        ("saelens", {"sites": ["lm_head"]}, SITE),  # a place that only the user can name
+        ("dictionary_learning", {}, None),
+    ],
+)
+def test_an_export_is_evaluated_like_its_run(
+    run: Path, cache: Path, tmp_path: Path, format: str, change: dict[str, Any], site: str | None
+) -> None:
+    sae = sparsepilot.load(run)
+    sae.cfg |= change
+    names = Names("hook_of_my_own" if change else None)
+    folder = tmp_path / "out" / export([sae], format, tmp_path / "out", names).folder
+    for more in ({}, {"lm": "none"}):
+        options = {"cache": str(cache), "lm": lm_of(run), **more}
+        found, _ = evaluate(open_subject(str(folder), **options, site=site), tokens=100, rows=300)
+        expected, _ = evaluate(open_subject(str(run), lm=more.get("lm")), tokens=100, rows=300)
+        assert found["sites"] == found["sites_out"] == [SITE]
+        for section in set(expected) & {"rows", "language_model"}:
+            numbers = {name: value for name, value in expected[section].items() if isinstance(value, float)}
+            assert {name: found[section][name] for name in numbers} == pytest.approx(numbers, rel=1e-3), section
+    if site is not None:
+        with pytest.raises(ConfigError, match=r"'hook_of_my_own' is none that the cache .* has; .* give site="):
+            open_subject(str(folder), cache=str(cache))
+        with pytest.raises(ConfigError, match=r"^site = model.layers.9: the cache .* did you mean 'model.layers"):
+            open_subject(str(folder), cache=str(cache), site="model.layers.9")
+
+
+def lm_of(run: Path) -> dict[str, Any]:
+    """The language model of a run, as its configuration has it."""
+    return dict(OmegaConf.load(run / "config.yaml").lm)

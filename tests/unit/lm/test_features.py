@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,6 +183,7 @@ def test_what_cannot_be_described_is_one_clear_line(
         ({"run_dir": str(run), "rows": 0}, r"^rows = 0: should be a whole number of at least 1"),
         ({"run_dir": str(run), "rows": "some"}, r"^rows = some: should be"),
         ({"run_dir": str(run), "seed": -1}, r"^seed = -1: should be"),
+        ({"run_dir": str(run), "save_every_s": "abc"}, r"^save_every_s = abc: should be seconds"),
         ({"run_dir": str(run), "cache": str(tmp_path / "gone")}, r"gone: no activation cache here"),
     ]
     for given, message in cases:
@@ -190,6 +192,13 @@ def test_what_cannot_be_described_is_one_clear_line(
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
     build(str(run), str(tmp_path / "out"), cache=str(other), console=QUIET)  # of the same model and sites
+
+    sae = json.loads((run / "sae.json").read_text())
+    broken = tmp_path / "broken"
+    shutil.copytree(run, broken, ignore=shutil.ignore_patterns("checkpoints"))
+    (broken / "sae.json").write_text(json.dumps({name: sae[name] for name in sae if name != "sites"}))
+    with pytest.raises(ConfigError, match=r"sae\.json does not name the sites"):
+        build(str(broken), str(tmp_path / "second"), console=QUIET)
 
     config = run / "config.yaml"
     text = config.read_text()

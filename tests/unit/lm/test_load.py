@@ -10,7 +10,7 @@ import torch
 
 from sparsepilot.errors import ConfigError, DataError
 from sparsepilot.lm import converted
-from sparsepilot.lm.load import LanguageModel, load
+from sparsepilot.lm.load import LanguageModel, load, load_fields
 
 SMOLLM2 = {
     "id": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -79,6 +79,30 @@ def test_a_folder_or_a_gguf_that_transformers_cannot_read_says_so(tmp_path: Path
     (tmp_path / "x.gguf").write_bytes(b"not a model" * 100)
     with pytest.raises(DataError, match="transformers cannot load this file"):
         load("x", gguf=str(tmp_path / "x.gguf"))
+
+
+def test_a_model_without_a_tokenizer_is_told_from_a_broken_one(tiny_folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((tiny_folder / name).read_bytes())
+    with pytest.raises(DataError, match=r"no tokenizer in .*: save the model's own tokenizer beside it") as caught:
+        load(str(tmp_path))
+    line = str(caught.value)
+    assert "\n" not in line
+    assert str(tmp_path) in line
+    assert not line.endswith(":")  # what transformers says is there, too
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, r"^lm.id = None: give the hub id"),
+        ({"id": 3}, r"^lm.id = 3: give"),
+        ({"id": "x", "dtpe": "float32"}, r"^lm.dtpe = float32: there is no such field; did you mean 'dtype'"),
+    ],
+)
+def test_fields_that_nobody_has_looked_at_are_checked(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_fields(fields)
 
 
 def test_a_converted_model_that_is_damaged_or_half_written_is_not_used(

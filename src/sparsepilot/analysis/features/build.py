@@ -27,7 +27,7 @@ from sparsepilot.analysis.features.source import Source, open_source
 from sparsepilot.analysis.features.sparse_codes import SparseEncoder
 from sparsepilot.analysis.features.survey import NUM_BINS, SAMPLE, TOP, Reader, Survey, bin_edges
 from sparsepilot.errors import ConfigError
-from sparsepilot.run_folder import RunFolder, sync_folder, write_json
+from sparsepilot.run_folder import RunFolder, make_folder, sync_folder, write_json
 
 FORMAT = 1
 STATE, LISTING, SUMMARY, TABLE = "pass.npz", "features.jsonl", "features.json", "sample.json"
@@ -79,6 +79,8 @@ def build(
         raise ConfigError(f"rows = {rows}: should be a whole number of at least 1, or null for all")
     if type(seed) is not int or seed < 0:
         raise ConfigError(f"seed = {seed}: should be a whole number of at least 0")
+    if type(save_every_s) not in (int, float) or not save_every_s >= 0:
+        raise ConfigError(f"save_every_s = {save_every_s}: should be seconds, at least 0")
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / SUMMARY).is_file())):
         raise ConfigError(f"out = {target}: is there already and holds something else; name another folder")
     console = console or Console(soft_wrap=True)
@@ -194,7 +196,7 @@ def _publish(building: Path, page: Path, target: Path) -> None:
 @contextmanager
 def _alone(building: Path) -> Iterator[None]:
     """The folder that a page is built in, for this process alone."""
-    building.mkdir(parents=True, exist_ok=True)
+    make_folder(building)
     with open(building / ".lock", "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

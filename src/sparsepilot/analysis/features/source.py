@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from sparsepilot.data.cache import Cache
 from sparsepilot.errors import ConfigError, DataError
-from sparsepilot.interop.dictionary import TENSORS, Dictionary
+from sparsepilot.interop.dictionary import CONFIG, TENSORS, Dictionary
 from sparsepilot.interop.load import load as load_dictionary
 from sparsepilot.lm.harvest import tokenizer_hash
-from sparsepilot.lm.load import LanguageModel, load
+from sparsepilot.lm.load import LanguageModel, load_fields
 from sparsepilot.run_folder import RunFolder
+from sparsepilot.saved import read_config
 
 
 class Words(NamedTuple):
@@ -54,7 +54,9 @@ def open_source(run_dir: str, cache_path: str | None = None) -> Source:
     if not folder.exists():
         raise ConfigError(f"run_dir = {run_dir}: there is no run here (no config.yaml)")
     sae = load_dictionary(folder.path)
-    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder.config)))
+    config = read_config(folder)
+    if not sae.cfg.get("sites"):
+        raise ConfigError(f"run_dir = {run_dir}: its {CONFIG} does not name the sites that the dictionary reads")
     path = cache_path or config["data"].get("path")
     if path is None:
         raise ConfigError(
@@ -70,18 +72,19 @@ def open_source(run_dir: str, cache_path: str | None = None) -> Source:
         raise ConfigError(
             f"run_dir = {run_dir}: the cache at {path} was not made by a language model, so its rows have no text"
         )
-    if cache_path is None and cache.fingerprint != sae.cfg["cache_fingerprint"]:
+    trained_on = sae.cfg.get("cache_fingerprint")
+    if cache_path is None and trained_on is not None and cache.fingerprint != trained_on:
         raise DataError(f"{path}: is not the cache that {run_dir} was trained on; cache=... names another one to read")
     found = [cache.widths[site] for site in sae.cfg["sites"]]
     if sum(found) != sae.cfg["d_in"]:
         raise DataError(f"{path}: its sites have widths {found}, the dictionary reads {sae.cfg['d_in']} columns")
     lm = {**config["lm"], "dtype": "float32"}
-    if lm["id"] != cache.source["model_id"]:
+    if lm.get("id") != cache.source["model_id"]:
         raise ConfigError(
-            f"run_dir = {run_dir}: its lm.id is {lm['id']}, the cache at {path} was made with "
+            f"run_dir = {run_dir}: its lm.id is {lm.get('id')}, the cache at {path} was made with "
             f"{cache.source['model_id']}; without that model's tokenizer the rows have no text"
         )
-    model = load(**lm)
+    model = load_fields(lm)
     here, there = tokenizer_hash(model.tokenizer), cache.source["tokenizer_hash"]
     if here != there:
         raise ConfigError(

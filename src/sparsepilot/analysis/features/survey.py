@@ -8,7 +8,6 @@ DIGEST_PAIRS active pairs, and those of one piece of PIECE_ROWS more. No matrix 
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,8 +148,9 @@ class Survey:
                     if name != "next_row":
                         array[...] = saved[name]
                 self.next_row = int(saved["next_row"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path}: is damaged ({error}); remove it and start again") from error
+        except Exception as error:  # of the disk, zip, zlib, JSON and numpy, each with errors of its own
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"{path}: is damaged ({said}); remove it and start again") from error
         return True
 
     def _arrays(self) -> dict[str, NDArray[Any]]:

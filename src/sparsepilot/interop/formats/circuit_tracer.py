@@ -136,8 +136,14 @@ def write_set(saes: list[Dictionary], folder: Path, names: Names) -> Written:
 
 def _places(cfg: dict[str, Any], names: Names) -> tuple[Place, Place]:
     read, write = places_of(cfg)
-    given_in, given_out = (place_of(name) if name else None for name in names)
-    read, write = given_in or read, given_out or write
+    for option, name in zip(names._fields, names, strict=True):
+        place = None if name is None else place_of(name)
+        if name is not None and place is None:
+            raise ConfigError(
+                f"{option} = {name}: is no hook of a layer; give one as TransformerLens calls it, "
+                "blocks.<layer>.hook_... or blocks.<layer>.mlp.hook_..."
+            )
+        read, write = (place or read, write) if option == "hook" else (read, place or write)
     if read is None or write is None or read.layer != write.layer:
         raise ConfigError(
             f"format = circuit_tracer: from {sites_of(cfg)[0]!r} to {sites_of(cfg)[1]!r} are not two hooks of one "
@@ -154,7 +160,9 @@ def _layer_hooks(cfg: dict[str, Any], names: Names) -> tuple[str, str, list[int]
         places = [place_of(site, model_of(cfg)) for site in sites]
         hooks = {place.hook if place else None for place in places}
         layers = [place.layer for place in places if place]
-        if given is not None:
+        if given is not None and not re.fullmatch(r"(?:\w+\.)*hook_\w+", given):
+            hooks = {None}
+        elif given is not None:
             hooks, layers = {given}, layers or list(range(cfg["layers"]))
         if len(hooks) != 1 or None in hooks or layers != sorted(set(layers)) or len(layers) != cfg["layers"]:
             raise ConfigError(

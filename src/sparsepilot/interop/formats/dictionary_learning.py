@@ -87,7 +87,7 @@ def write(sae: Dictionary, folder: Path, names: Names) -> Written:
         "dict_size": cfg["d_sae"],
         "layer": layer_of(site),
         "lm_name": model_of(cfg),
-        "submodule_name": site,
+        "submodule_name": site or None,  # a label: their loader does not look at it
     }
     if "k" in extra:
         trainer["k"] = int(extra["k"])

@@ -199,9 +199,10 @@ def test_it_does_not_matter_where_pieces_end_nor_where_it_was_broken(
         resumed.digest(resumed.next_row, *reader.gather(resumed.next_row))
     assert state(resumed) == state(whole)
     content = (tmp_path / "pass.npz").read_bytes()
-    (tmp_path / "pass.npz").write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"pass\.npz: is damaged .*; remove it and start again"):
-        Survey(LATENTS, VOCABULARY).restore(tmp_path / "pass.npz", {"of": 1})
+    for length in (0, 10, len(content) // 2):
+        (tmp_path / "pass.npz").write_bytes(content[:length])
+        with pytest.raises(DataError, match=r"pass\.npz: is damaged .*; remove it and start again"):
+            Survey(LATENTS, VOCABULARY).restore(tmp_path / "pass.npz", {"of": 1})
 
 
 def test_what_is_shown_differs_and_covers_all_quarters(cache: Cache, sae: Dictionary, plain: torch.Tensor) -> None:
