@@ -51,7 +51,7 @@ def main() -> None:
     """Reads field=value from the command line."""
     from sparsepilot.analysis.evaluate import evaluate, open_subject, write_evaluation
 
-    cfg = arguments(sys.argv[1:], FIELDS)
+    cfg = arguments(sys.argv[1:], FIELDS, lists=("run_dir",))
     paths = run_paths(cfg["run_dir"])
     keep_freed_memory()
     subjects = [open_subject(path, cfg["cache"], cfg["lm"], cfg["site"]) for path in paths]

@@ -29,7 +29,7 @@ def main() -> None:
     from sparsepilot.reporting.report import write_report
     from sparsepilot.reporting.sweep import write_sweep_report
 
-    cfg = arguments(sys.argv[1:], {"run_dir": None, "sweep_dir": None, "out": None})
+    cfg = arguments(sys.argv[1:], {"run_dir": None, "sweep_dir": None, "out": None}, lists=("run_dir",))
     if cfg["run_dir"] is None and cfg["sweep_dir"] is None:
         raise ConfigError("run_dir: missing; set run_dir=..., or sweep_dir=... of a sweep")
     if cfg["sweep_dir"] is not None or SweepFolder(str(cfg["run_dir"])).exists():

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
 from hydra.errors import HydraException, MissingConfigException
@@ -136,8 +136,8 @@ def _is_secondhand(error: BaseException) -> bool:
     return any(isinstance(cause, RankError) for cause in _causes(error))
 
 
-def arguments(given: list[str], fields: dict[str, Any]) -> dict[str, Any]:
-    """field=value arguments of a small script, without Hydra's groups.
+def arguments(given: list[str], fields: dict[str, Any], lists: Collection[str] = ()) -> dict[str, Any]:
+    """field=value arguments of a small script, without Hydra's groups; those of `lists` may be several names.
 
     Raises ConfigError for a field that is not in `fields` (name -> default, "???" where one is required).
     """
@@ -146,7 +146,7 @@ def arguments(given: list[str], fields: dict[str, Any]) -> dict[str, Any]:
         if key not in fields:
             raise ConfigError(f"{key} = {cfg[key]}: there is no such field; {nearest(key, fields)}")
         if key in TEXTS and not OmegaConf.is_missing(cfg, key):
-            cfg[key] = _text(key, given, cfg[key], several=key == "run_dir")
+            cfg[key] = _text(key, given, cfg[key], several=key in lists)
     merged = OmegaConf.merge(fields, cfg)
     for key in fields:
         if OmegaConf.is_missing(merged, key):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,8 @@ def build(cfg: dict[str, Any], tensors: dict[str, Tensor], config_path: Path) ->
         if not tensor.is_floating_point():
             raise CheckpointError(f"{folder}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, not numbers")
         fp32 = tensor.float()
+        if name == "threshold":  # a latent that never fires may be switched off by an infinite one
+            fp32 = fp32[fp32 != math.inf]
         if not bool(fp32.isfinite().all()):
             raise CheckpointError(f"{folder}: {name} holds {'NaN' if bool(fp32.isnan().any()) else 'infinity'}")
     return Dictionary(cfg, {name: tensor.float().contiguous() for name, tensor in tensors.items()})

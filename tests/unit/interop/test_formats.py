@@ -269,6 +269,10 @@ def test_nan_integers_missing_and_unknown_tensors_are_refused(tmp_path: Path) ->
         tensors = {name: t for name, t in {**good, **change}.items() if t is not None}
         save_file(tensors, folder / "sae_weights.safetensors")
         refused(folder, message)
+    threshold = good["threshold"].clone()
+    threshold[3] = float("inf")  # a latent that somebody has switched off
+    save_file({**good, "threshold": threshold}, folder / "sae_weights.safetensors")
+    assert not sparsepilot.load(folder).encode(torch.randn(64, good["b_dec"].shape[0]))[:, 3].any()
 
 
 @pytest.mark.parametrize(
@@ -576,6 +580,7 @@ def test_folders_with_odd_names_and_places_that_cannot_be(
         (["export.py", "run_dir=007", "format=saelens", f"out={file}/sub"], f"out = {file}: no folder can be made"),
         (["export.py", "run_dir=007", "format=saelens", f"out={file}/a/b"], f"out = {file}/a: no folder can be made"),
         (["export.py", "run_dir=007", "format=saelens", "out=/proc/x/y"], "out = /proc/x: no folder can be made"),
+        (["publish.py", "run_dir=[a,b]", "out=x"], "should be one name"),
         (["publish.py", "run_dir=007", "out=/proc/x"], "out = /proc/.x.tmp: no folder can be made"),
     ]:
         capsys.readouterr()
