@@ -21,7 +21,11 @@ from sparsepilot.interop.load import load
 
 def main() -> None:
     """Reads field=value from the command line."""
-    cfg = arguments(sys.argv[1:], {"run_dir": "???", "format": "???", "out": "???", "hook": None, "hook_out": None})
+    cfg = arguments(
+        sys.argv[1:],
+        {"run_dir": "???", "format": "???", "out": "???", "hook": None, "hook_out": None},
+        lists=("run_dir",),
+    )
     runs = cfg["run_dir"] if isinstance(cfg["run_dir"], list) else [cfg["run_dir"]]
     out = Path(cfg["out"])
     written = export([load(run) for run in runs], cfg["format"], out, Names(cfg["hook"], cfg["hook_out"]))
