@@ -92,7 +92,11 @@ class Slurm:
     def hurry(self, job: str) -> None:
         """A job that is back in the queue need not wait the two minutes that Slurm gives a node to recover."""
         wait_for(f"requeue of {job}", lambda: self.shown(job, "JobState") == "PENDING")
-        self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+        until_s = time.monotonic() + 15  # Slurm may put it off once more when the last of its processes has gone
+        while time.monotonic() < until_s and self.shown(job, "JobState") == "PENDING":
+            with contextlib.suppress(subprocess.CalledProcessError):  # it has just started
+                self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+            time.sleep(0.5)
 
     def processes(self, script: bytes, **environment: str) -> list[int]:
         """Those that run a script of ours with these variables."""
@@ -135,7 +139,13 @@ class Job:
 
     def wait(self, state: str, timeout_s: float = 300) -> None:
         """Until it is in that state."""
-        wait_for(f"{state} of job {self.number}", lambda: self.state == state, timeout_s)
+        try:
+            wait_for(f"{state} of job {self.number}", lambda: self.state == state, timeout_s)
+        except AssertionError as error:
+            told = [
+                self.slurm.ask(*words) for words in (("scontrol", "show", "job", self.number), ("sinfo", "-R", "-l"))
+            ]
+            raise AssertionError("\n".join([str(error), *told, self.out])) from None
 
     def wait_for_a_step(self) -> None:
         """Until it has taken a step since now."""
