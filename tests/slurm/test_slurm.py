@@ -244,12 +244,14 @@ def test_a_killed_rank_ends_the_job_and_a_requeued_job_goes_on(slurm: Slurm, unb
 def test_an_error_of_all_tasks_is_said_once(slurm: Slurm) -> None:
     job = slurm.train("model.k=0")
     job.wait("FAILED")
+    wait_for("what it says", lambda: "error:" in job.out, 30)  # srun may write after the job has ended
     assert [line for line in job.out.splitlines() if line.startswith("error:")] == [
         "error: model.k = 0: should be greater than 0"
     ]
     (slurm.folder / "a_file").touch()
     job = slurm.train(f"run_dir={slurm.folder}/a_file/run")
     job.wait("FAILED")
+    wait_for("what it says", lambda: "error:" in job.out, 30)  # srun may write after the job has ended
     assert [line for line in job.out.splitlines() if line.startswith("error:")] == [
         f"error: cannot write {slurm.folder}/a_file/run: Not a directory; what was whole before still is"
     ]
