@@ -39,6 +39,8 @@ from killing.planted_bug import BUGS
 from killing.ranks import Ranks
 from killing.runs import BATCH, REPOSITORY, Launch, RunUnderTest, launch
 
+from sparsepilot.callbacks.checkpoint_io import list_checkpoints
+
 Result = dict[str, Any]
 MEMORY_DISK = Path("/dev/shm")
 KILLS_WITH_A_BUG = 3
@@ -167,7 +169,8 @@ def _bugs_missed(args: argparse.Namespace, launcher: Launch) -> list[str]:
 
 
 def _sharded(args: argparse.Namespace) -> bool:
-    return bool(args.ranks > 1 and "fsdp" in args.trainer)
+    """Whether every rank writes its part of a checkpoint, as the unbroken run's shows."""
+    return list_checkpoints(_reference(args.out, 1) / "checkpoints")[0][1].is_dir()
 
 
 def _threads(launcher: Launch, accumulate: int) -> int:

@@ -91,13 +91,9 @@ def train(where: Where, name: str, words: list[str]) -> float:
     while where.hold and where.hold.exists():
         time.sleep(2)
     run_dir, began_s = where.scratch / name, time.perf_counter()
-    fixed = [
-        "schedule=warmup_stable_decay",
-        "logger=none",
-        "report=false",
-        f"threads={where.threads}",
-        "callbacks.log_every_steps=1",
-    ]
+    # at a constant rate L0 of held-out rows moves by 2% between validations, which no coefficient controls
+    fixed = ["schedule=warmup_stable_decay", "logger=none", "report=false", "callbacks.log_every_steps=1"]
+    fixed.append(f"threads={where.threads}")
     with (where.scratch / f"{name}.txt").open("w", encoding="utf-8") as file:
         quiet = {**os.environ, "OMP_NUM_THREADS": str(where.threads), "OMP_WAIT_POLICY": "PASSIVE"}
         command = [sys.executable, str(ROOT / "train.py"), *words, *fixed, f"run_dir={run_dir}"]
