@@ -57,8 +57,7 @@ RATE = 10.0
 """Nats that ln(strength) moves at most in a lag."""
 STATE = (
     "strength", "_pi", "_estimate", "_mean_l0", "_mean_set_point", "_slow_error", "_train_error", "_log_ratio",
-    "_error", "_slewing", "_steps", "_swing", "_noise", "_validations",
-    "_start",
+    "_error", "_slewing", "_steps", "_swing", "_noise", "_validations", "_start",
 )  # fmt: skip
 
 
@@ -92,7 +91,8 @@ class L0Loop:
     samples (docs/decisions/0013).
 
     Args:
-        initial_strength: of a penalty; None: 0.1 of the model's own coefficient. It may be wrong by 100 either way.
+        initial_strength: of a penalty; None: 0.1 of the model's own coefficient. It may be wrong by 100 either way: one
+            stronger than that is approached, as long as L0 stays above its set point.
         lowest: of a penalty's strength.
         highest: of a penalty's strength.
         proportional: nats of ln(strength) per nat of error, for a plant whose L0 falls by one nat per nat.
@@ -201,14 +201,7 @@ class L0Loop:
         in_a_lag = self._error + (self._error - self._slow_error) / SLOPE_OVER
         runs = math.copysign(1.0, self._error) * measured.coherence > COHERENT
         self._slewing = runs and abs(self._error) - abs(in_a_lag) > CREEP
-        left, risen = self._start
-        if left > 0 and (self._slewing or in_a_lag < ENOUGH):
-            left, rise = 0.0, -min(risen, UNFELT * RISE)  # the last lags' rise has not answered yet
-        else:
-            rise = min(left, RISE * batch / lag)
-            left -= rise
-        self._start = (left, risen + rise)
-        self._pi = self._pi._replace(integral=self._pi.integral + rise)
+        self._approach_start(in_a_lag, batch, lag)
         noise = self._noise_of(error_of_step, batch, lag)
         proportional = self._proportional / self._estimate.gain / self._soften(noise, batch, lag)
         quieter = clamp(proportional * noise / self._most_noise, 1.0, SOFTEST)
@@ -222,6 +215,17 @@ class L0Loop:
         self._pi = pi_step(self._pi, self._error, batch, gains, hold=hold)
         self._steps += 1
         self.strength = self._faded_in()
+
+    def _approach_start(self, in_a_lag: float, batch: int, lag: float) -> None:
+        """One step from where ln(strength) begins by default to a stronger start."""
+        left, risen = self._start
+        if left > 0 and (self._slewing or in_a_lag < ENOUGH):
+            left, rise = 0.0, -min(risen, UNFELT * RISE)  # the last lags' rise has not answered yet
+        else:
+            rise = min(left, RISE * batch / lag)
+            left -= rise
+        self._start = (left, risen + rise)
+        self._pi = self._pi._replace(integral=self._pi.integral + rise)
 
     def _noise_of(self, error: float, batch: int, lag: float) -> float:
         """Standard deviation that the noise of single batches leaves in the smoothed error.
