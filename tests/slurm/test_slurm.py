@@ -90,13 +90,29 @@ class Slurm:
         return self.submit(*sbatch, "slurm/train.sbatch", *BASE, *own, *cpu, *options)
 
     def hurry(self, job: str) -> None:
-        """A job that is back in the queue need not wait the two minutes that Slurm gives a node to recover."""
+        """A job that is back in the queue need not wait the two minutes that Slurm gives its nodes to recover.
+
+        They are for what is left of the start before: a node refuses what was signed before it revoked the job, and the
+        end of the old script may be taken for that of the new one. So nothing of it may be left.
+        """
         wait_for(f"requeue of {job}", lambda: self.shown(job, "JobState") == "PENDING")
-        until_s = time.monotonic() + 15  # Slurm may put it off once more when the last of its processes has gone
+        wait_for(f"end of what ran of {job}", lambda: not self.remains(self.shown(job, "JobId")))
+        time.sleep(2)  # Slurm counts in seconds
+        until_s = time.monotonic() + 15  # Slurm may put it off once more when it hears of that end
         while time.monotonic() < until_s and self.shown(job, "JobState") == "PENDING":
             with contextlib.suppress(subprocess.CalledProcessError):  # it has just started
                 self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
             time.sleep(0.5)
+
+    def remains(self, number: str) -> list[bytes]:
+        """The processes of a job, Slurm's own for it among them."""
+        stepd, variable, found = f"slurmstepd: [{number}.".encode(), f"SLURM_JOB_ID={number}".encode(), []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended
+                words = (folder / "cmdline").read_bytes()
+                if words.startswith(stepd) or variable in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(words)
+        return found
 
     def processes(self, script: bytes, **environment: str) -> list[int]:
         """Those that run a script of ours with these variables."""
@@ -107,11 +123,6 @@ class Slurm:
                 if script in words and b"srun" not in words[0]:
                     found += [int(folder.name)] if wanted <= set((folder / "environ").read_bytes().split(b"\0")) else []
         return found
-
-    def output(self, job: Job) -> str:
-        """What a task of an array has printed."""
-        own = self.ask("scontrol", "show", "job", job.number)
-        return Path(re.findall(r"StdOut=(\S+)", own)[0]).read_text(encoding="utf-8")
 
     def shown(self, job: str, field: str) -> str:
         """A field of what Slurm says about a job."""
@@ -125,12 +136,13 @@ class Job:
 
     def __init__(self, slurm: Slurm, number: str) -> None:
         self.slurm, self.number = slurm, number
-        self.folder, self.output = slurm.folder / number, slurm.folder / f"{number}.out"
+        self.folder = slurm.folder / number
 
     @property
     def out(self) -> str:
         """What it has printed so far."""
-        return self.output.read_text(encoding="utf-8") if self.output.exists() else ""
+        output = Path(self.slurm.shown(self.number, "StdOut"))
+        return output.read_text(encoding="utf-8") if output.exists() else ""
 
     @property
     def state(self) -> str:
@@ -142,10 +154,12 @@ class Job:
         try:
             wait_for(f"{state} of job {self.number}", lambda: self.state == state, timeout_s)
         except AssertionError as error:
-            told = [
-                self.slurm.ask(*words) for words in (("scontrol", "show", "job", self.number), ("sinfo", "-R", "-l"))
+            asked = (("scontrol", "show", "job", self.number), ("sinfo", "-R", "-l"))
+            logs = [
+                path.read_text(encoding="utf-8")[-5000:] for path in sorted((self.slurm.folder / "slurm").glob("*.log"))
             ]
-            raise AssertionError("\n".join([str(error), *told, self.out])) from None
+            told = [*(self.slurm.ask(*words) for words in asked), self.out, *logs]
+            raise AssertionError("\n".join([str(error), *told])) from None
 
     def wait_for_a_step(self) -> None:
         """Until it has taken a step since now."""
@@ -284,7 +298,7 @@ def test_an_array_writes_a_cache_and_a_killed_task_goes_on(slurm: Slurm) -> None
     killed.wait("FAILED")
     mine = {number: marker_file(shared, number) for number in range(1, 20, 4)}
     whole = {number: path.stat().st_mtime_ns for number, path in mine.items() if path.exists()}
-    assert list(whole) == [1, 5, 9], slurm.output(killed)
+    assert list(whole) == [1, 5, 9], killed.out
     with pytest.raises(DataError, match="unfinished"):
         Cache(shared)
 
@@ -294,7 +308,7 @@ def test_an_array_writes_a_cache_and_a_killed_task_goes_on(slurm: Slurm) -> None
         task.wait("COMPLETED")
     assert {number: mine[number].stat().st_mtime_ns for number in whole} == whole  # it wrote its other two alone
     assert Cache(shared).fingerprint == Cache(slurm.folder / "alone").fingerprint
-    assert slurm.output(signalled).count("goes back into the queue") == 1
+    assert signalled.out.count("goes back into the queue") == 1
 
 
 SWEEP = ("hydra/launcher=slurm", "model.k=4,4,0,5", "trainer.accelerator=cpu", "threads=1")
