@@ -10,6 +10,7 @@ Requests and answers are lines of JSON: {"arguments", "environment", "folder", "
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -26,6 +27,7 @@ def main() -> None:
 
     num_threads = len(list(Path("/proc/self/task").iterdir())) if Path("/proc/self/task").exists() else 1
     print(json.dumps({"threads": num_threads}), flush=True)
+    gc.freeze()  # children would copy what they never use, page by page, each time they collect garbage
     while line := sys.stdin.readline():
         request = json.loads(line)
         if "wait" in request:
