@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import sys
 
-from omegaconf import OmegaConf
-
 from sparsepilot.config.cli import arguments, user_errors
 from sparsepilot.errors import ConfigError
 from sparsepilot.reporting.report import report_or_say
 from sparsepilot.reporting.wandb import LiveRun, resolve_mode, write_offline_run
 from sparsepilot.run_folder import RunFolder
+from sparsepilot.saved import read_config
 
 DEFAULTS = {"project": "sparsepilot", "entity": None, "group": None, "tags": []}
 
@@ -26,7 +25,7 @@ def main() -> None:
         raise ConfigError(f"run_dir = {cfg['run_dir']}: there is no run here (no config.yaml)")
     if not folder.identity.exists():
         raise ConfigError(f"run_dir = {folder.path}: is one of several trainees; give the run, {folder.path.parent}")
-    saved = (OmegaConf.to_container(OmegaConf.load(folder.config)) or {}).get("logger") or {}
+    saved = read_config(folder).get("logger") or {}
     settings = {**DEFAULTS, **(saved.get("wandb") or {})}
     report_or_say(folder, print)  # of all the rows that go there now
     if resolve_mode(cfg["mode"]) == "online":

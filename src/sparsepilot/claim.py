@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import socket
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from omegaconf import OmegaConf
 
@@ -20,6 +19,7 @@ from sparsepilot.errors import CheckpointError, ConfigError
 from sparsepilot.parallel.agreement import from_first
 from sparsepilot.reporting.environment import environment
 from sparsepilot.run_folder import RunFolder, replacing, write_json
+from sparsepilot.saved import read_config, read_object
 
 
 @dataclass
@@ -81,8 +81,7 @@ def claim(run_dir: str, resume: str, config: dict[str, Any]) -> Claim:
         return Claim(fresh, notes=[f"{folder.path} holds a run; starting a fresh one in {fresh.path}"])
     if not folder.identity.exists():
         raise ConfigError(f"run_dir = {folder.path}: is one of several trainees of another run; set another run_dir")
-    was = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder.config)))
-    found = Claim(folder, changes=allowed_changes(was, config))
+    found = Claim(folder, changes=allowed_changes(read_config(folder), config))
     found.lock()
     whole = newest_whole(folder.checkpoints, say=lambda text: found.notes.append(f"warning: {text}"))
     if whole is not None:
@@ -117,7 +116,7 @@ def record_start(
     `trains`: one of a finished run has nothing to do."""
     text = OmegaConf.to_yaml(OmegaConf.create(config))
     if folder.identity.exists():
-        identity = json.loads(folder.identity.read_text(encoding="utf-8"))
+        identity = read_object(folder.identity)
     else:
         identity = {
             "id": os.urandom(4).hex(),

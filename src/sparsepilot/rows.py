@@ -10,20 +10,34 @@ from pathlib import Path
 from typing import IO, Any
 
 from sparsepilot import faults
-from sparsepilot.errors import CheckpointError
+from sparsepilot.errors import CheckpointError, ConfigError
 
 RowMapping = Mapping[str, Any]
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole rows of a metrics file in order; a torn last line is left out."""
-    if not path.exists():
-        return
+    """The whole rows of a metrics file in order; a torn last line is left out.
+
+    Raises:
+        ConfigError: at a whole line that is no row.
+    """
+    if path.exists():
+        yield from (row for row, _ in _whole(path))
+
+
+def _whole(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The whole rows, and the bytes of each."""
     with open(path, "rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
-            yield json.loads(line)
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"{path}: line {number} is damaged ({error})") from error
+            if not isinstance(row, dict) or "samples" not in row:
+                raise ConfigError(f"{path}: line {number} is {row!r}, no row")
+            yield row, len(line)
 
 
 def rows_of_trainee(rows: Iterable[RowMapping], name: str, names: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -47,11 +61,10 @@ class RowFile:
         self._fault = f"{path.stem}-append"  # metrics-append, timing-append
         keep_bytes = 0
         if path.exists():
-            with open(path, "rb") as file:
-                for line in file:
-                    if not line.endswith(b"\n") or json.loads(line)["samples"] > samples:
-                        break
-                    keep_bytes += len(line)
+            for row, num_bytes in _whole(path):
+                if row["samples"] > samples:
+                    break
+                keep_bytes += num_bytes
             os.truncate(path, keep_bytes)
             faults.point("resume-cut")
         self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115 - stays open as long as the run

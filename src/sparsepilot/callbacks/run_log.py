@@ -35,7 +35,8 @@ class RunLog(L.Callback):
         trainees: Sequence[str] = (),
     ) -> None:
         self._folder = folder
-        self._files: tuple[RowFile, RowFile] | None = None
+        self._files: list[RowFile] = []
+        """metrics.jsonl and timing.jsonl, on the one rank that writes them"""
         self._trainees = trainees
         rows = (self._over_all(row) for row in read_rows(folder.metrics) if row["samples"] <= samples)
         self.val_rows = [row for row in rows if "val/loss" in row]
@@ -49,9 +50,9 @@ class RunLog(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Opens the files on the one rank that writes them, and cuts them back to where the run resumes."""
-        if trainer.is_global_zero and self._files is None:
-            samples = self._first_samples
-            self._files = (RowFile(self._folder.metrics, samples), RowFile(self._folder.timing, samples))
+        if trainer.is_global_zero and not self._files:
+            for path in (self._folder.metrics, self._folder.timing):
+                self._files.append(RowFile(path, self._first_samples))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock of the timing rows."""
@@ -85,7 +86,7 @@ class RunLog(L.Callback):
         """Closes the time that the checkpoint covers, and makes all rows so far durable."""
         if module.samples > self._last_samples:
             self._write_timing(module)
-        for file in self._files or ():
+        for file in self._files:
             file.sync()
 
     def on_checkpoint(self, samples: int) -> None:
@@ -98,9 +99,9 @@ class RunLog(L.Callback):
 
     def close(self) -> None:
         """Closes both files."""
-        for file in self._files or ():
+        for file in self._files:
             file.close()
-        self._files = None
+        self._files.clear()
 
     @contextmanager
     def apart_from_training(self) -> Iterator[None]:
@@ -111,7 +112,7 @@ class RunLog(L.Callback):
 
     def write(self, trainer: L.Trainer, row: dict[str, Any]) -> None:
         """Appends a row to metrics.jsonl, and its numbers to the user's loggers."""
-        if self._files is None:
+        if not self._files:
             return
         self._files[0].append(row)
         scalars = {key: value for key, value in row.items() if isinstance(value, int | float)}
@@ -139,5 +140,5 @@ class RunLog(L.Callback):
             "data_wait_fraction": (waited_s - self._last_waited_s) / elapsed_s,
         }
         self._last_s, self._last_samples, self._last_waited_s = now_s, module.samples, waited_s
-        if self._files is not None:
+        if self._files:
             self._files[1].append(row)

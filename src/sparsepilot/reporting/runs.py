@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
-
-from omegaconf import OmegaConf
+from typing import Any
 
 from sparsepilot.errors import ConfigError
 from sparsepilot.rows import read_rows, rows_of_trainee
 from sparsepilot.run_folder import RunFolder
+from sparsepilot.saved import read_config, read_summary
 
 
 @dataclass(frozen=True)
@@ -67,30 +65,22 @@ def read_runs(folder: RunFolder) -> list[Run]:
     """The run of a folder; one for each trainee where it trains several, or the one whose own folder it is.
 
     Raises:
-        ConfigError: where no run lies there.
+        ConfigError: where no run lies there, or one of its files is damaged.
     """
     if not folder.exists():
         raise ConfigError(f"run_dir = {folder.path}: there is no run here (no config.yaml)")
     above = RunFolder(folder.path.parent)
-    if not folder.metrics.exists() and above.exists() and folder.path.name in (_config(above).get("trainees") or {}):
+    one_of_several = not folder.metrics.exists() and above.exists()
+    if one_of_several and folder.path.name in (read_config(above).get("trainees") or {}):
         return [run for run in read_runs(above) if run.trainee == folder.path.name]
-    config, rows, timing = _config(folder), list(read_rows(folder.metrics)), list(read_rows(folder.timing))
+    config, rows, timing = read_config(folder), list(read_rows(folder.metrics)), list(read_rows(folder.timing))
     names = list(config.get("trainees") or {})
     if not names:
-        return [Run(str(folder.path), config, rows, _summary(folder), timing)]
+        return [Run(str(folder.path), config, rows, read_summary(folder), timing)]
     runs = []
     for name in names:
         own = folder.of_trainee(name)
         own_rows = list(rows_of_trainee(rows, name, names))
-        own_config = _config(own) if own.exists() else config
-        runs.append(Run(str(own.path), own_config, own_rows, _summary(own), timing, name))
+        own_config = read_config(own) if own.exists() else config
+        runs.append(Run(str(own.path), own_config, own_rows, read_summary(own), timing, name))
     return runs
-
-
-def _config(folder: RunFolder) -> dict[str, Any]:
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder.config)))
-
-
-def _summary(folder: RunFolder) -> dict[str, Any]:
-    """Empty for a run that has not ended."""
-    return json.loads(folder.summary.read_text(encoding="utf-8")) if folder.summary.exists() else {}

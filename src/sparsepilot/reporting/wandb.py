@@ -15,14 +15,13 @@ import shutil
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
-from typing import Any, Literal, cast
-
-from omegaconf import OmegaConf
+from typing import Any, Literal
 
 from sparsepilot.errors import ConfigError
 from sparsepilot.metrics.firing import LOG10_EDGES
 from sparsepilot.rows import read_rows
 from sparsepilot.run_folder import RunFolder
+from sparsepilot.saved import read_config, read_object
 
 MODES = ("auto", "online", "offline", "disabled")
 
@@ -55,8 +54,7 @@ def begin(folder: RunFolder, settings: Mapping[str, Any], mode: Literal["online"
     """Opens the W&B run of a run folder, with the folder's own id; `into` is where W&B keeps its files."""
     import wandb
 
-    identity = json.loads(folder.identity.read_text(encoding="utf-8"))
-    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder.config)))
+    identity, config = read_object(folder.identity), read_config(folder)
     made_with = {key: identity[key] for key in ("made", "cache_fingerprint", "environment")}
     run = wandb.init(
         project=settings["project"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from sparsepilot.claim import Claim, claim
 from sparsepilot.data.cache import Cache
 from sparsepilot.errors import ConfigError, SparsepilotError
 from sparsepilot.interop.dictionary import OWN_TENSORS
+from sparsepilot.reporting.runs import read_runs
 from sparsepilot.rows import read_rows
 from sparsepilot.run import plain
 from sparsepilot.run_folder import RunFolder
@@ -125,6 +127,30 @@ def test_the_export_has_the_knob_where_the_controller_left_it(train_tiny, tmp_pa
     assert summary["metrics"]["val/l0"] <= 2
     assert saved.cfg["k"] == 2
     assert int((saved.encode(torch.randn(20, 16)) > 0).sum(1).max()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "refused", "drawn"),
+    [
+        ("config.yaml", "a: [", "is damaged", False),
+        ("run.json", '{"id":', "is damaged", True),  # a report has no use for it
+        ("metrics.jsonl", '{"samples": 5}\n{"samples\n{"samples": 9}\n', "line 2 is damaged", False),
+        ("timing.jsonl", '{"samples": 5}\n7\n', "line 2 is 7, no row", False),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_line(
+    train_tiny, tmp_path: Path, name: str, damage: str, refused: str, drawn: bool
+) -> None:
+    train_tiny()
+    file = tmp_path / "run" / name
+    file.write_text(damage)
+    with pytest.raises(SparsepilotError) as error:
+        train_tiny("samples=10240")
+    assert f"{file}: {refused}" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert file.read_text() == damage
+    with contextlib.nullcontext() if drawn else pytest.raises(SparsepilotError, match=refused):
+        assert len(read_runs(RunFolder(tmp_path / "run"))) == 1
 
 
 def test_two_damaged_checkpoints_are_put_aside_and_the_whole_ones_stay(train_tiny, tmp_path: Path, capsys) -> None:
