@@ -28,8 +28,10 @@ from sparsepilot.sweep_folder import Place, place_here, told_place
 
 LAUNCHED = "SPARSEPILOT_LAUNCHED"
 """In the environment of a rank that reads its configuration from stdin."""
-GRACE_S = 10.0
+GRACE_S = 15.0
 """From one rank's bad end to the end of the others: time to say what they have to say."""
+SAID_S = 1.0
+"""The same where rank 0 has ended with the status of an error that it has said."""
 
 
 class Handed(NamedTuple):
@@ -156,8 +158,8 @@ def _watch(processes: Sequence[subprocess.Popen[str]]) -> Ended:
     try:
         while any(process.poll() is None for process in processes):
             _note_bad(processes, bad)
-            if bad and give_up_s == float("inf"):
-                give_up_s = time.monotonic() + GRACE_S
+            if bad:
+                give_up_s = min(give_up_s, time.monotonic() + (SAID_S if bad.get(0) == 2 else GRACE_S))
             if time.monotonic() > give_up_s:
                 break
             time.sleep(0.05)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -99,12 +100,27 @@ def num_shards(trainer: Mapping[str, Any]) -> int:
     return num_devices(trainer) * int(trainer.get("num_nodes", 1)) if features is None else int(features)
 
 
-def speaks_first(line: str) -> bool:
-    """Before the ranks have met: all of them find the same mistake, rank 0 says it."""
+def is_first() -> bool:
+    """Whether this process is rank 0, or on its own."""
     ranks = ranks_here()
     return ranks is None or ranks.rank == 0
 
 
+SILENT_S = 10.0
+"""What rank 0 may be behind the others in finding a mistake: another node, a slower disk."""
+
+
+def speaks_after_first(line: str) -> bool:
+    """Before the ranks have met all of them find the same mistake, and rank 0 says it.
+
+    srun, torchrun and launch.py end the others once it has ended, and if another one ended sooner, they would end it
+    before it spoke. Whoever is still there after a while has found what rank 0 has not, and says it.
+    """
+    if not is_first():
+        time.sleep(SILENT_S)
+    return True
+
+
 may_say: list[Callable[[str], bool]] = [lambda line: True]
-"""The last one decides whether this process prints a line of error: `speaks_first` where all do the same, and once the
-ranks have met that of parallel/agreement.py."""
+"""The last one decides whether this process prints a line of error: `speaks_after_first` where all do the same, and
+once the ranks have met that of parallel/agreement.py."""

@@ -12,7 +12,7 @@ import signal
 import subprocess
 from typing import Any
 
-from sparsepilot.ranks import speaks_first
+from sparsepilot.ranks import is_first
 
 asked_early: list[int] = []
 """Signals that came before training could act on them, on a rank that cannot act by itself."""
@@ -101,11 +101,11 @@ def leave_during_start_up() -> None:
 
 
 def _leave(number: int, frame: Any) -> None:
-    if not speaks_first("") and number != signal.SIGTERM:
+    if not is_first() and number != signal.SIGTERM:
         asked_early.append(number)  # rank 0 was told the same, or training will tell it at the first step
         return
     ignore(signal.SIGTERM, *leave_signals())
-    if speaks_first("") and belongs_back(number):
+    if is_first() and belongs_back(number):
         requeue()
         os._exit(0)  # an exception would be raised wherever the process stands, and be caught there, perhaps
     signal.signal(number, signal.SIG_DFL)

@@ -95,3 +95,12 @@ def test_an_error_is_said_once(tmp_path: Path, overrides: tuple[str, ...], messa
     assert done.stderr.startswith(message)
     assert len(done.stderr.splitlines()) == 1
     assert "result" not in done.stdout
+
+
+def test_a_mistake_that_rank_0_has_not_found_is_said_by_who_has(tmp_path: Path) -> None:
+    """Another node, another disk: rank 0 goes on to where the ranks meet, and waits."""
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "data.path=cache", "run_dir=run", "model.d_sae=-3"]
+    second = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    environment = {**os.environ, **second, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: model.d_sae = -3: should be greater than 0\n")

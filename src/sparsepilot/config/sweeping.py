@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from sparsepilot import launch, slurm
-from sparsepilot.ranks import speaks_first
+from sparsepilot.ranks import is_first
 from sparsepilot.sweep_folder import Member, Place, SweepFolder, differing
 
 led: list[Place] = []
@@ -28,7 +28,7 @@ class Record:
     def __init__(self, place: Place) -> None:
         self.place = place
         self._sweep = SweepFolder(place.sweep)
-        self._notes = speaks_first("") and launch.handed is None
+        self._notes = is_first() and launch.handed is None
 
     def begin(self, cfg: DictConfig) -> None:
         """It starts, perhaps not for the first time."""
