@@ -27,6 +27,8 @@ class Claim:
     """A run folder that this process owns."""
 
     folder: RunFolder
+    goes_on: bool = False
+    """whether a run lay there when it was claimed"""
     samples: int = 0
     """where the run goes on, 0 for a fresh one"""
     checkpoint: Path | None = None
@@ -41,7 +43,7 @@ class Claim:
     def lock(self) -> None:
         """Holds the folder until `release`, or until this process is gone; makes it where there is none.
 
-        Raises ConfigError when another process is training there.
+        Raises ConfigError when another process is training there, or has trained there since it was found fresh.
         """
         if self._lock is not None or not self.writes:
             return
@@ -54,6 +56,12 @@ class Claim:
             raise ConfigError(f"run_dir = {self.folder.path}: another process is training there") from error
         except OSError:
             pass  # a filesystem without locks: as before there were any
+        if not self.goes_on and self.folder.exists():  # building a cache takes hours, and locks nothing
+            self.release()
+            raise ConfigError(
+                f"run_dir = {self.folder.path}: another process has begun a run there in the meantime; the same line "
+                "again goes on with it"
+            )
 
     def release(self) -> None:
         """Lets go of the folder."""
@@ -81,7 +89,7 @@ def claim(run_dir: str, resume: str, config: dict[str, Any]) -> Claim:
         return Claim(fresh, notes=[f"{folder.path} holds a run; starting a fresh one in {fresh.path}"])
     if not folder.identity.exists():
         raise ConfigError(f"run_dir = {folder.path}: is one of several trainees of another run; set another run_dir")
-    found = Claim(folder, changes=allowed_changes(read_config(folder), config))
+    found = Claim(folder, goes_on=True, changes=allowed_changes(read_config(folder), config))
     found.lock()
     whole = newest_whole(folder.checkpoints, say=lambda text: found.notes.append(f"warning: {text}"))
     if whole is not None:

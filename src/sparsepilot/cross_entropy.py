@@ -13,6 +13,7 @@ from sparsepilot.analysis.source import check_model, check_rows, check_source, h
 from sparsepilot.data.datamodule import RunData
 from sparsepilot.data.source import TextRows
 from sparsepilot.errors import ConfigError
+from sparsepilot.lm.devices import device_here
 from sparsepilot.lm.load import load
 from sparsepilot.lm.seam import Seam
 from sparsepilot.lm.splice import SplicedCrossEntropy
@@ -70,7 +71,8 @@ def spliced(
     else:
         # weights that are about to be overwritten are drawn first: training's own draws must not see it
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            model = load(**{**lm, "dtype": lm.get("dtype", "auto") if dtype is None else dtype})
+            device = device_here(lm.get("device", "cpu"), "lm.device")
+            model = load(**{**lm, "device": device, "dtype": lm.get("dtype", "auto") if dtype is None else dtype})
         check_model(cache, model)
     contexts = held_out_contexts(cache, model, "cross_entropy")
     measurement = SplicedCrossEntropy(

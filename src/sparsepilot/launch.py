@@ -7,6 +7,7 @@ torchrun and srun do this as well, and where one of them did (`ranks.ranks_here`
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -121,8 +122,9 @@ def _start(script: str, count: int, told: str) -> list[subprocess.Popen[str]]:
         processes.append(process)
     for process in processes:
         assert process.stdin is not None
-        process.stdin.write(told + "\n")
-        process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, and is found so
+            process.stdin.write(told + "\n")
+            process.stdin.flush()
     return processes
 
 

@@ -43,6 +43,18 @@ def ranks_here() -> Ranks | None:
     return found if found.world > 1 else None
 
 
+def uneven_nodes() -> str | None:
+    """srun's tasks per node where one node has more than another, "2,1"; as many on each of three are "2(x3)"."""
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    return tasks if "," in tasks and "RANK" not in os.environ else None
+
+
+def own_cpus() -> int | None:
+    """CPUs that Slurm has given to this rank alone; None where the ranks of a machine share what is there."""
+    own = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return int(own) if own.isdigit() and ranks_here() is not None and "RANK" not in os.environ else None
+
+
 def adopt(ranks: Ranks) -> None:
     """Says to torch and Lightning, in the variables that they read, what srun says in its own."""
     env = os.environ

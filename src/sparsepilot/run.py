@@ -43,7 +43,7 @@ from sparsepilot.config.trainees import each_alone, naming
 from sparsepilot.controllers.base import Controller
 from sparsepilot.data.datamodule import RunData
 from sparsepilot.data.files import one_at_a_time
-from sparsepilot.errors import ConfigError, RankError
+from sparsepilot.errors import ConfigError
 from sparsepilot.interop import dictionary
 from sparsepilot.interop.fold import fold
 from sparsepilot.parallel import agreement, mesh
@@ -51,7 +51,7 @@ from sparsepilot.parallel.ddp import DataParallel
 from sparsepilot.parallel.latents import Shard
 from sparsepilot.parallel.shards import gather_to_first
 from sparsepilot.process_memory import keep_freed_memory
-from sparsepilot.ranks import num_shards, ranks_here
+from sparsepilot.ranks import num_shards, own_cpus, ranks_here
 from sparsepilot.reporting.environment import environment
 from sparsepilot.reporting.report import report_or_say
 from sparsepilot.reporting.summary import print_end, print_sizes
@@ -77,6 +77,11 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
     """
     check(cfg)
     prepare_process(cfg)
+    with agreement.losses_named():
+        return _train(cfg, console)
+
+
+def _train(cfg: DictConfig, console: Console | None) -> dict[str, Any]:
     agreement.join(cuda=uses_cuda(cfg))
     mesh.arrange(num_shards(cfg.trainer), cuda=uses_cuda(cfg))
     console = console or Console(soft_wrap=True, quiet=mesh.world().rank > 0)  # a path is never broken in two
@@ -126,10 +131,6 @@ def train(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
         finally:
             wandb.close()
         wandb.finish()
-    except Exception as error:
-        if agreement.lost_a_rank(error):
-            raise RankError(agreement.GONE) from error
-        raise
     finally:
         claimed.release()
     agreement.leave()
@@ -182,7 +183,8 @@ def prepare_process(cfg: DictConfig) -> None:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     elif here is not None and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // here.local_world))  # the cores, shared
+        cpus, seen = own_cpus(), torch.get_num_threads()
+        torch.set_num_threads(max(1, seen // here.local_world if cpus is None else min(seen, cpus)))
     if here is not None:  # or Lightning would choose their number itself
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     keep_freed_memory()
@@ -389,6 +391,10 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Cons
             ),
         )
     leave_signals_alone(trainer)
+    if ranks_here() is not None:
+        # Lightning's own goes over the group of the devices, whose clock (10 minutes with NCCL, 30 with gloo) would end
+        # a run while rank 0 writes a large checkpoint
+        trainer.strategy.barrier = lambda *args, **kwargs: agreement.meet()  # type: ignore[method-assign]
     if isinstance(trainer.strategy, DataParallel):
         trainer.strategy.reproducible = cfg.trainer.get("reproducible", False)
     return trainer

@@ -101,12 +101,13 @@ def leave_during_start_up() -> None:
 
 
 def _leave(number: int, frame: Any) -> None:
-    if not is_first() and number != signal.SIGTERM:
+    if not is_first():
         asked_early.append(number)  # rank 0 was told the same, or training will tell it at the first step
         return
     ignore(signal.SIGTERM, *leave_signals())
     if is_first() and belongs_back(number):
         requeue()
-        os._exit(0)  # an exception would be raised wherever the process stands, and be caught there, perhaps
+        # an exception would be raised wherever the process stands, and be caught there, perhaps
+        os._exit(0 if queued_again else 128 + number)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)

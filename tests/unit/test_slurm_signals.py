@@ -15,6 +15,7 @@ from sparsepilot import slurm
 SCONTROL = """#!/bin/sh
 echo "$@" >> {log}
 if [ "$1" = show ]; then echo "JobId=7 PreemptTime={preempt} Reason=None"; fi
+if [ "$1" = requeue ] && [ -n "$refuse" ]; then echo no >&2; exit 1; fi
 """
 JOB = """
 import os, signal, sys, time
@@ -64,7 +65,14 @@ def test_sigterm_means_later_only_where_slurm_wants_the_room(tmp_path: Path, pre
 @pytest.mark.slow  # a process each
 def test_one_rank_asks_and_the_others_remember(tmp_path: Path) -> None:
     rank = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
-    assert job(tmp_path, "SIGUSR1", **rank) == (0, "went on [10]\n", [])
+    assert job(tmp_path, "SIGUSR1", "SIGTERM", **rank) == (0, "went on [10, 15]\n", [])
+
+
+@pytest.mark.slow  # a process each
+def test_a_job_that_slurm_does_not_take_back_has_failed(tmp_path: Path) -> None:
+    code, out, _ = job(tmp_path, "SIGUSR1", refuse="yes")
+    assert code == 128 + 10
+    assert "job 7 could not be put back into the queue: no" in out
 
 
 def test_outside_of_slurm_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

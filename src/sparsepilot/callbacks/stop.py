@@ -43,8 +43,16 @@ class StopAtStep(Checkpoint):
         self._asked: set[int] = set()
         self._before: dict[signal.Signals, Any] = {}
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Takes over the signals for as long as training lasts; one that comes before the first step waits for it."""
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes over the signals for as long as training lasts, once the first batch is here.
+
+        What lies before it (a cache to build, a checkpoint to read, a language model's first activations) may last
+        longer than Slurm waits for a job that was asked to leave, and there is nothing to save in it.
+        """
+        if self._before:
+            return
         for number in slurm.stop_signals():
             self._before[number] = signal.signal(number, self._handle)
         self._asked.update(slurm.asked_early)

@@ -17,7 +17,7 @@ from sparsepilot.errors import ConfigError
 from sparsepilot.lm import load as lm_load
 from sparsepilot.lm import text as lm_text
 from sparsepilot.parallel.sharded import Sharded
-from sparsepilot.ranks import num_devices, num_shards, ranks_here
+from sparsepilot.ranks import num_devices, num_shards, ranks_here, uneven_nodes
 from sparsepilot.reporting.wandb import resolve_mode
 from sparsepilot.wiring import STARTING, WIRING, check_sites, wire
 
@@ -270,6 +270,8 @@ def _check_ranks(trainer: dict[str, Any]) -> None:
             f"trainer.devices = {devices!r}: {world} ranks need trainer={'ddp_gloo' if cpu else 'ddp'}; "
             f"trainer.strategy = {strategy!r} says nothing of how they work together"
         )
+    if (tasks := uneven_nodes()) is not None:
+        raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE = {tasks}: every node needs as many; set --ntasks-per-node")
     here = ranks_here()
     if here is not None and (here.world, here.local_world) != (world, local):
         raise ConfigError(
@@ -347,10 +349,14 @@ def _check_relations(plain: dict[str, Any]) -> None:
     world = num_devices(plain["trainer"]) * plain["trainer"].get("num_nodes", 1)
     readers = world // num_shards(plain["trainer"])  # the others read the same rows
     if streams % readers:
-        allowed = ", ".join(str(w) for w in range(1, streams + 1) if streams % w == 0)
+        nodes, shards = plain["trainer"].get("num_nodes", 1), world // readers
+        numbers = (divisor * shards / nodes for divisor in range(1, streams + 1) if streams % divisor == 0)
+        allowed = ", ".join(f"{number:.0f}" for number in numbers if number >= 1 and number % 1 == 0)
+        who = f"{readers} ranks" if shards == 1 else f"{readers} groups of {shards} ranks"
+        where = f" on each of {nodes} nodes" if nodes > 1 else ""
         raise ConfigError(
-            f"trainer.devices = {plain['trainer'].get('devices', 1)!r}: {readers} ranks cannot share data.num_streams "
-            f"= {streams} equally; so many can: {allowed}"
+            f"trainer.devices = {plain['trainer'].get('devices', 1)!r}: {who} cannot share data.num_streams = "
+            f"{streams} equally; so many{where} can: {allowed}"
         )
     if plain["trainer"].get("reproducible"):
         if streams & (streams - 1):

@@ -17,11 +17,11 @@ from sparsepilot.data.window import window_rows_per_stream
 from sparsepilot.errors import ConfigError, DataError
 from sparsepilot.live.rows import LiveRows, check_same, in_our_words
 from sparsepilot.lm import text as lm_text
+from sparsepilot.lm.devices import device_here
 from sparsepilot.lm.harvest import describe, expand_sites
 from sparsepilot.lm.load import LanguageModel, load
 from sparsepilot.lm.pack import pack_text
 from sparsepilot.parallel.agreement import from_all, from_first
-from sparsepilot.ranks import ranks_here
 from sparsepilot.run_folder import RunFolder
 
 SPLIT_SEED = 0
@@ -141,27 +141,10 @@ def _measured(rows: LiveRows, num_rows: int, say: Callable[[str], None]) -> dict
 
 
 def _load(lm: Mapping[str, Any], lm_device: str | list[str] | None) -> LanguageModel:
-    here = ranks_here()
-    local_rank, local_world = (0, 1) if here is None else (here.local_rank, here.local_world)
-    device = device_of(lm.get("device", "cpu") if lm_device is None else lm_device, local_rank, local_world)
+    device = device_here(lm.get("device", "cpu") if lm_device is None else lm_device, "data.lm_device")
     # weights that are about to be overwritten are drawn first: training's own draws must not see it
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         return load(**{**lm, "device": device})
-
-
-def device_of(wanted: str | list[str], local_rank: int, local_world: int) -> str:
-    """The device of one rank's language model.
-
-    >>> device_of("cuda", 1, 4), device_of("cuda:7", 1, 4), device_of(["cuda:2", "cuda:3"], 1, 2)
-    ('cuda:1', 'cuda:7', 'cuda:3')
-    """
-    if isinstance(wanted, str):
-        return f"cuda:{local_rank}" if wanted == "cuda" and local_world > 1 else wanted
-    if len(wanted) != local_world:
-        raise ConfigError(
-            f"data.lm_device = {list(wanted)}: {local_world} ranks run on this machine; name so many devices, or one"
-        )
-    return wanted[local_rank]
 
 
 def _order(rows: LiveRows, num_streams: int, window_mb: int, batch_contexts: int, seed: int) -> WholeChunks:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from sparsepilot import ranks
-from sparsepilot.errors import RankError, SaidElsewhere, SparsepilotError
+from sparsepilot.errors import ConfigError, RankError, SaidElsewhere, SparsepilotError
 from sparsepilot.parallel import mesh
 
 T = TypeVar("T")
@@ -32,13 +33,21 @@ _store: Store | None = None
 
 
 def join(cuda: bool) -> None:
-    """Meets the other ranks, where there are any; blocks until all of them are there."""
+    """Meets the other ranks, where there are any; blocks until all of them are there.
+
+    Raises:
+        ConfigError: when they are not within torch's half hour, or the port is another program's.
+    """
     global _control, _store
     here = ranks.ranks_here()
     if here is None or dist.is_initialized():
         return
     ranks.adopt(here)
-    store, number, world = next(rendezvous("env://"))
+    try:
+        store, number, world = next(rendezvous("env://"))
+    except dist.DistError as error:
+        place, why = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", " ".join(str(error).split())
+        raise ConfigError(f"MASTER_ADDR:MASTER_PORT = {place}: {here.world} ranks cannot meet there ({why})") from error
     _store = PrefixStore("sparsepilot", store)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=number, world_size=world)
     _control = dist.new_group(backend="gloo", timeout=WAIT) if cuda else dist.new_group(timeout=WAIT)
@@ -46,20 +55,11 @@ def join(cuda: bool) -> None:
 
 
 def leave() -> None:
-    """The end of a run that went well: waits for the others and lets go of them.
-
-    Raises:
-        RankError: when one of them is gone.
-    """
+    """The end of a run that went well: waits for the others and lets go of them."""
     global _control, _store
     if _control is None:
         return
-    try:
-        meet()
-    except Exception as error:
-        if lost_a_rank(error):
-            raise RankError(GONE) from error
-        raise
+    meet()
     dist.destroy_process_group()
     mesh.forget()
     _control = _store = None
@@ -113,7 +113,18 @@ def any_rank(flags: Sequence[bool]) -> list[bool]:
     return [bool(flag) for flag in raised.tolist()]
 
 
-def lost_a_rank(error: BaseException) -> bool:
+@contextlib.contextmanager
+def losses_named() -> Iterator[None]:
+    """Turns what torch says of a rank that is gone into a RankError."""
+    try:
+        yield
+    except Exception as error:
+        if _lost_a_rank(error):
+            raise RankError(GONE) from error
+        raise
+
+
+def _lost_a_rank(error: BaseException) -> bool:
     """Whether a collective failed because another process is gone."""
     if isinstance(error, SparsepilotError):
         return False

@@ -329,9 +329,10 @@ class TrainingModule(L.LightningModule):
 
     def _made_with(self) -> dict[str, str | int]:
         """What the bits of a step depend on beside configuration and state."""
+        device = self.trainer.strategy.root_device
         return {
             "torch": str(torch.__version__),
-            "device": self.trainer.strategy.root_device.type,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "threads": torch.get_num_threads(),
             "ranks": self.trainer.world_size,
             "parameters": "spread over ranks" if self.is_spread() else "whole",

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from sparsepilot.config.check import check, check_cache
 from sparsepilot.config.resume import allowed_changes
 from sparsepilot.errors import ConfigError
+from sparsepilot.ranks import own_cpus
 
 ROOT = Path(__file__).parents[3]
 
@@ -128,7 +129,10 @@ def test_bad_values_of_the_other_models(compose_cfg, overrides: tuple[str, ...],
             ("model.sites={read:[a,b],write:[c,d],cross_layer:true}",),
             "model.sites.cross_layer = True: its latents cannot be dealt out to 2 ranks; use trainer=ddp or fsdp",
         ),
-        (("trainer.devices=6", "trainer.strategy.features=2"), "3 ranks cannot share data.num_streams = 64 equally"),
+        (
+            ("trainer.devices=6", "trainer.strategy.features=2"),
+            "3 groups of 2 ranks cannot share data.num_streams = 64 equally; so many can: 2, 4, 8, 16, 32, 64, 128",
+        ),
     ],
 )
 def test_what_latents_on_several_ranks_cannot_do(compose_cfg, overrides: tuple[str, ...], message: str) -> None:
@@ -232,3 +236,31 @@ def test_resume_lists_what_may_change_and_refuses_the_rest(compose_cfg) -> None:
         field: value for field, value in was.items() if field != "cross_entropy"
     }  # of before there was such a thing
     assert allowed_changes(older, was) == []
+
+
+def test_what_srun_says_of_its_tasks(compose_cfg, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three nodes of two tasks each, with CPUs of their own; and nodes of which one has more tasks than the other."""
+    srun = {
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "6",
+        "SLURM_STEP_NUM_NODES": "3",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
+        "SLURM_CPUS_PER_TASK": "8",
+    }
+    for name, value in srun.items():
+        monkeypatch.setenv(name, value)
+    multinode = ("data=synthetic", "data.num_streams=48", "batch=4800", "trainer=multinode", "trainer.accelerator=cpu")
+    check(compose_cfg(*multinode))
+    assert own_cpus() == 8
+    with pytest.raises(ConfigError, match="64 equally; so many on each of 3 nodes can"):
+        check(compose_cfg("data=synthetic", *multinode[3:]))
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "3,2,1")
+    with pytest.raises(ConfigError, match="SLURM_STEP_TASKS_PER_NODE = 3,2,1: every node needs as many"):
+        check(compose_cfg(*multinode))
+    monkeypatch.setenv("RANK", "3")  # torchrun within that task: its ranks share what the task has
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert own_cpus() is None

@@ -202,7 +202,7 @@ def test_never_leaves_the_old_run_alone(train_tiny, tmp_path: Path) -> None:
 
 def test_one_process_per_run_folder(train_tiny, compose_cfg, tmp_path: Path) -> None:
     train_tiny()
-    other = Claim(RunFolder(tmp_path / "run"))
+    other = Claim(RunFolder(tmp_path / "run"), goes_on=True)
     other.lock()
     try:
         with pytest.raises(ConfigError, match="another process is training there"):
@@ -212,6 +212,30 @@ def test_one_process_per_run_folder(train_tiny, compose_cfg, tmp_path: Path) -> 
     train_tiny()
     config = plain(compose_cfg(*TINY, f"data.path={tmp_path}/cache", f"run_dir={tmp_path}/run"))
     claim(str(tmp_path / "run"), "auto", config).release()
+
+
+def test_a_run_that_another_process_has_begun_meanwhile_is_left_alone(train_tiny, tmp_path: Path) -> None:
+    """Both found a fresh folder; one was quick."""
+    slow = claim(str(tmp_path / "run"), "auto", {})
+    train_tiny()
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(ConfigError, match="another process has begun a run there in the meantime"):
+        slow.lock()
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    train_tiny()
+
+
+def test_a_checkpoint_that_cannot_be_removed_stays_and_the_run_goes_on(
+    train_tiny, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(path: Path) -> None:
+        raise OSError(16, "Device or resource busy", str(path))
+
+    monkeypatch.setattr("sparsepilot.callbacks.checkpoint.remove", busy)
+    train_tiny("callbacks.checkpoint_every_samples=1024", "callbacks.keep_last=2", "callbacks.keep_best=0")
+    saved = [samples for samples, _ in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert saved == [5120, 4096, 3072, 2048, 1024]
+    assert "warning: an old checkpoint stays: [Errno 16] Device or resource busy" in capsys.readouterr().out
 
 
 def test_a_wandb_failure_costs_only_the_copy(train_tiny, tmp_path: Path, capsys) -> None:
