@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,13 +24,6 @@ STEPS = 8
 def ranks(warm: Warm, world: int, trainer: str, *more: str) -> Launch:
     """A launcher for `RunUnderTest`, of processes forked from the warm server."""
     return warm if world == 1 else Ranks(world, trainer, warm.ranks, more)
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    made = Warm(tmp_path_factory.mktemp("warm"))
-    yield made
-    made.close()
 
 
 def stop_at(run: RunUnderTest, step: int) -> Ended:

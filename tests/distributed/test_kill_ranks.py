@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,8 @@ pytestmark = [
 class Lab:
     """The warm server, and one unbroken run for each number of ranks."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.warm = Warm(folder)
+    def __init__(self, folder: Path, warm: Warm) -> None:
+        self.folder, self.warm = folder, warm
         self.unbroken: dict[tuple[int, str], Path] = {}
 
     def launcher(self, world: int, trainer: str = "ddp_gloo") -> Launch:
@@ -53,10 +52,8 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    made = Lab(tmp_path_factory.mktemp("lab"))
-    yield made
-    made.warm.close()
+def lab(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("lab"), warm)
 
 
 def assert_close(expected: list[dict[str, Any]], found: list[dict[str, Any]], steps: int) -> None:

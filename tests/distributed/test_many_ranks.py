@@ -6,7 +6,6 @@ Every rank is a process of its own, gloo between them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,9 +73,8 @@ class Run(NamedTuple):
 class Lab:
     """The warm server and the cache."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.warm = Warm(folder)
+    def __init__(self, folder: Path, warm: Warm) -> None:
+        self.folder, self.warm = folder, warm
         self.options = [*OPTIONS, f"data.path={folder}/cache"]
         self._alone: dict[str, Run] = {}
 
@@ -106,10 +104,8 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    made = Lab(tmp_path_factory.mktemp("lab"))
-    yield made
-    made.warm.close()
+def lab(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("lab"), warm)
 
 
 def assert_same_training(one: Run, many: Run, steps: int = STEPS) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from conftest import ROOT
+from killing.compare import run_differences
 from rich.console import Console
 from torch import Tensor, nn
+from warm import Warm
 
 import sparsepilot
 from sparsepilot.caching import build_cache
@@ -33,11 +33,6 @@ from sparsepilot.run_folder import RunFolder
 
 from .test_load import SMOLLM2, needs_smollm2
 from .test_splice import make, make_contexts, plain_ce
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from killing.compare import run_differences
-from killing.runs import launch
 
 SITES = ["model.layers.1.mlp:in", "model.layers.1.mlp", "model.layers.2", "model.layers.3"]
 Overrides = Callable[..., list[str]]
@@ -220,16 +215,18 @@ def test_another_model_of_the_same_name_is_refused(
         train(compose_cfg(*overrides(moved)))
 
 
-@pytest.mark.slow  # four starts of train.py with transformers
-def test_killed_between_two_measurements_it_ends_with_equal_bits(overrides: Overrides, tmp_path: Path) -> None:
+@pytest.mark.slow  # four starts of train.py with a language model
+def test_killed_between_two_measurements_it_ends_with_equal_bits(
+    overrides: Overrides, warm: Warm, tmp_path: Path
+) -> None:
     saving = ("callbacks.checkpoint_every_samples=768", "threads=1")
     whole, broken = (["train.py", *overrides(*saving, f"run_dir={tmp_path}/{name}")] for name in ("whole", "broken"))
-    assert launch(whole, {}).code == 0
+    assert warm(whole, {}).code == 0
     # killed in step 12, after the measurements of steps 10 and 8, and in the measurement's own row of step 14
     for fault in ("mid-step:12", "metrics-append:8"):
-        ended = launch(broken, {"SPARSEPILOT_FAULT": fault})
+        ended = warm(broken, {"SPARSEPILOT_FAULT": fault})
         assert ended.code == -9, ended.out
-    ended = launch(broken, {})
+    ended = warm(broken, {})
     assert ended.code == 0, ended.out
     assert "cross-entropy (validation)" in ended.out
     assert run_differences(tmp_path / "whole", tmp_path / "broken") == []
