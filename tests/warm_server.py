@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 MODULES = (
     *("sparsepilot.run", "sparsepilot.config.cli", "sparsepilot.data.synthetic", "sparsepilot.reporting.report"),
     *("sparsepilot.analysis.features.build", "sparsepilot.lm.load", "transformers.models.llama.modeling_llama"),
+    *("hydra._internal.logging_config", "submitit.slurm.slurm", "zarrs.pipeline", "numpy.ctypeslib"),
 )
 
 
