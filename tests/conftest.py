@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # for `killing`
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
@@ -18,6 +18,9 @@ from omegaconf import DictConfig
 
 from sparsepilot.config.resolvers import register_resolvers
 from sparsepilot.config.schema import register
+
+if TYPE_CHECKING:
+    from warm import Warm
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -47,6 +50,15 @@ def _restore_determinism() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    from warm import Warm  # imports torch's and Lightning's halves that most files of tests do not need
+
+    made = Warm(tmp_path_factory.mktemp("warm"))
+    yield made
+    made.close()
 
 
 Compose = Callable[..., DictConfig]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,13 +24,6 @@ STEPS = 8
 def ranks(warm: Warm, world: int, trainer: str, *more: str) -> Launch:
     """A launcher for `RunUnderTest`, of processes forked from the warm server."""
     return warm if world == 1 else Ranks(world, trainer, warm.ranks, more)
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    made = Warm(tmp_path_factory.mktemp("warm"))
-    yield made
-    made.close()
 
 
 def stop_at(run: RunUnderTest, step: int) -> Ended:
@@ -61,10 +53,10 @@ def test_from_any_trainer_to_any_other(warm: Warm, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills as POSIX has them")
 def test_a_killed_grid_ends_as_an_unbroken_one(warm: Warm, tmp_path: Path) -> None:
-    grid = ranks(warm, *GRID)
-    unbroken = RunUnderTest(tmp_path / "unbroken", tmp_path / "cache", launcher=grid)
+    given = {"launcher": ranks(warm, *GRID), "options": (f"samples={BATCH * 80}",)}
+    unbroken = RunUnderTest(tmp_path / "unbroken", tmp_path / "cache", **given)
     assert unbroken.start().code == 0
-    run = RunUnderTest(tmp_path / "run", tmp_path / "cache", 1, unbroken.folder, launcher=grid)
+    run = RunUnderTest(tmp_path / "run", tmp_path / "cache", 1, unbroken.folder, **given)
     assert run.kill(Kill("mid-step", "mid-step", 47, 0.0, rank=3), tmp_path / "fault.log")["problems"] == []
     report = run.finish()
     assert report["problems"] == []

@@ -6,11 +6,11 @@ Every rank is a process of its own, gloo between them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from test_many_ranks import BATCH, STEPS, Lab, Run
+from warm import Warm
 
 pytestmark = pytest.mark.slow  # dozens of processes
 
@@ -32,10 +32,8 @@ GRIDS = {"2": (2, 2), "4": (4, 4), "2x2": (4, 2)}
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    made = Lab(tmp_path_factory.mktemp("lab"))
-    yield made
-    made.warm.close()
+def lab(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("lab"), warm)
 
 
 def assert_same_training(one: Run, many: Run) -> None:

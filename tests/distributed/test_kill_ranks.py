@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,8 @@ pytestmark = [
 class Lab:
     """The warm server, and one unbroken run for each number of ranks."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.warm = Warm(folder)
+    def __init__(self, folder: Path, warm: Warm) -> None:
+        self.folder, self.warm = folder, warm
         self.unbroken: dict[tuple[int, str], Path] = {}
 
     def launcher(self, world: int, trainer: str = "ddp_gloo") -> Launch:
@@ -53,10 +52,8 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    made = Lab(tmp_path_factory.mktemp("lab"))
-    yield made
-    made.warm.close()
+def lab(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("lab"), warm)
 
 
 def assert_close(expected: list[dict[str, Any]], found: list[dict[str, Any]], steps: int) -> None:
@@ -91,6 +88,8 @@ CELLS = {
     ),
 }
 TRAINERS = ("ddp_gloo", "fsdp_cpu")
+SHORTER = f"samples={BATCH * 80}"
+"""Enough for one kill at step 47."""
 
 
 def assert_cell_ends_equal(run: RunUnderTest, kills: tuple[Kill, ...], log: Path) -> None:
@@ -103,7 +102,8 @@ def assert_cell_ends_equal(run: RunUnderTest, kills: tuple[Kill, ...], log: Path
 
 def test_ranks_with_several_trainees_are_killed_and_go_on(lab: Lab, tmp_path: Path) -> None:
     def run(folder: Path, reference: Path | None) -> RunUnderTest:
-        return RunUnderTest(folder, lab.folder / "cache", 1, reference, lab.launcher(2), options=SEVERAL)
+        options = (*SEVERAL, SHORTER)
+        return RunUnderTest(folder, lab.folder / "cache", 1, reference, lab.launcher(2), options=options)
 
     ended = run(tmp_path / "unbroken", None).start()
     assert ended.code == 0, ended.out
@@ -173,8 +173,14 @@ def test_any_trainer_goes_on_from_any_checkpoint(lab: Lab, tmp_path: Path) -> No
 
 def test_four_ranks_add_up_in_one_order(lab: Lab, tmp_path: Path) -> None:
     """In a ring, other messages in the first step of a process would make other bits of them."""
+
+    def run(folder: Path, reference: Path | None) -> RunUnderTest:
+        return RunUnderTest(folder, lab.folder / "cache", 1, reference, lab.launcher(4), options=(SHORTER,))
+
+    ended = run(tmp_path / "unbroken", None).start()
+    assert ended.code == 0, ended.out
     kill = Kill("mid-step", "mid-step", 47, 0.0, rank=3)
-    assert_cell_ends_equal(lab.run(tmp_path / "run", 4), (kill,), tmp_path / "fault.log")
+    assert_cell_ends_equal(run(tmp_path / "run", tmp_path / "unbroken"), (kill,), tmp_path / "fault.log")
 
 
 @pytest.mark.parametrize("victim", [0, 1])

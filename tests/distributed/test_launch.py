@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY
 from killing.compare import run_differences
+from killing.ranks import Ranks
 from killing.runs import RunUnderTest
+from warm import Warm
 
 from sparsepilot.rows import read_rows
 
@@ -42,9 +44,9 @@ def begin(run: RunUnderTest) -> subprocess.Popen[str]:
     return process
 
 
-def test_what_becomes_of_ranks_and_of_the_process_that_started_them(tmp_path: Path) -> None:
-    reference = RunUnderTest(tmp_path / "unbroken", tmp_path / "cache")
-    assert reference.start(more=TWO).code == 0
+def test_what_becomes_of_ranks_and_of_the_process_that_started_them(warm: Warm, tmp_path: Path) -> None:
+    reference = RunUnderTest(tmp_path / "unbroken", tmp_path / "cache", launcher=Ranks(2, "ddp_gloo", warm.ranks))
+    assert reference.start().code == 0
     run = RunUnderTest(tmp_path / "run", tmp_path / "cache", reference=reference.folder)
 
     began_s = time.monotonic()

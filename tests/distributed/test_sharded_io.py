@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,6 @@ from sparsepilot.errors import CheckpointError
 
 pytestmark = pytest.mark.slow  # four processes
 SCRIPT = "tests/distributed/spreading.py"
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    made = Warm(tmp_path_factory.mktemp("warm"))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,23 +30,20 @@ ROW = Message("dead latents of a row of metrics", "all_gather", INT64, 2)
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Warm, Path]]:
-    folder = tmp_path_factory.mktemp("counted")
-    made = Warm(folder)
-    yield made, folder
-    made.close()
+def lab(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> tuple[Warm, Path]:
+    return warm, tmp_path_factory.mktemp("counted")
 
 
 Bytes = Counter[tuple[str, int]]
 
 
-def counted(warm: tuple[Warm, Path], name: str, world: int, *options: str) -> list[tuple[int, Bytes]]:
+def counted(lab: tuple[Warm, Path], name: str, world: int, *options: str) -> list[tuple[int, Bytes]]:
     """Of each step: dead latents before it, and bytes that rank 0 gave, by (collective, ranks)."""
-    server, folder = warm
+    warm, folder = lab
     script = "tests/distributed/counted.py"
     arguments = [script, *COUNTED, f"data.path={folder}/cache", f"run_dir={folder}/{name}"]
     arguments += [*options, f"trainer.devices={world}"]
-    for ended in server.ranks(world, arguments, {"WATCHED": f"{folder}/{name}-{{rank}}.jsonl"}):
+    for ended in warm.ranks(world, arguments, {"WATCHED": f"{folder}/{name}-{{rank}}.jsonl"}):
         assert ended.code == 0, ended.out
     lines = [(folder / f"{name}-{rank}.jsonl").read_text().splitlines() for rank in range(world)]
     steps = []
@@ -72,8 +68,8 @@ def work(**changes: int) -> Work:
 
 
 @pytest.mark.parametrize(("name", "world", "shards"), [("two", 2, 2), ("grid", 4, 2)])
-def test_feature_parallel(warm: tuple[Warm, Path], name: str, world: int, shards: int) -> None:
-    steps = counted(warm, name, world, "trainer=feature_parallel_cpu", f"trainer.strategy.features={shards}")
+def test_feature_parallel(lab: tuple[Warm, Path], name: str, world: int, shards: int) -> None:
+    steps = counted(lab, name, world, "trainer=feature_parallel_cpu", f"trainer.strategy.features={shards}")
     alive = [found for dead, found in steps if dead == 0]
     assert alive[0] == by_kind([*feature_parallel(work(), world // shards, shards), ROW])
     with_dead = [found for dead, found in steps if dead > AUX_K]  # of both shards: no fewer than AuxK wants
@@ -81,14 +77,14 @@ def test_feature_parallel(warm: tuple[Warm, Path], name: str, world: int, shards
 
 
 @pytest.mark.parametrize(("gradients", "width"), [("float32", FP32), ("bfloat16", BF16)])
-def test_data_parallel(warm: tuple[Warm, Path], gradients: str, width: int) -> None:
+def test_data_parallel(lab: tuple[Warm, Path], gradients: str, width: int) -> None:
     options = ("trainer=ddp_gloo", f"trainer.strategy.gradients={gradients}")
-    _, found = counted(warm, gradients, 2, *options)[-1]
+    _, found = counted(lab, gradients, 2, *options)[-1]
     assert found == by_kind(data_parallel(work(), 2, width))
 
 
-def test_fully_sharded(warm: tuple[Warm, Path]) -> None:
-    _, found = counted(warm, "fsdp", 2, "trainer=fsdp_cpu")[-1]
+def test_fully_sharded(lab: tuple[Warm, Path]) -> None:
+    _, found = counted(lab, "fsdp", 2, "trainer=fsdp_cpu")[-1]
     assert found == by_kind(fully_sharded(work(), 2))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,8 @@ pytestmark = [
 class Lab:
     """The warm server, one cache, one unbroken run of each kind and one run that was killed at step 47."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.warm = Warm(folder)
+    def __init__(self, folder: Path, warm: Warm) -> None:
+        self.folder, self.warm = folder, warm
         self.unbroken = {accumulate: folder / f"unbroken-{accumulate}" for accumulate in (1, 2)}
         for accumulate, reference in self.unbroken.items():
             ended = RunUnderTest(reference, folder / "cache", accumulate, launcher=self.warm).start()
@@ -54,10 +53,8 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    made = Lab(tmp_path_factory.mktemp("lab"))
-    yield made
-    made.warm.close()
+def lab(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("lab"), warm)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -21,6 +21,7 @@ import pytest
 from conftest import ROOT
 from killing.compare import run_differences
 from killing.runs import BASE, BATCH
+from warm import Warm
 
 from sparsepilot.data.cache import Cache
 from sparsepilot.data.layout import marker_file
@@ -35,7 +36,7 @@ pytestmark = [
     pytest.mark.timeout(1500),  # ... and two minutes each; a second test process waits for the first one's cluster
     pytest.mark.skipif(bool(MISSING) or os.geteuid() != 0, reason=f"needs root, slurm-wlm, munge; missing: {MISSING}"),
 ]
-STEPS = 400
+STEPS = 200
 CLUSTER = str(ROOT / "tests" / "slurm" / "cluster.sh")
 
 
@@ -69,7 +70,7 @@ class Slurm:
         """while it is there, steps take longer (killing/targets.py)"""
         self.env = {
             **os.environ,
-            "KILLING_SLOW": f"0.2:{self.slow}",
+            "KILLING_SLOW": f"0.5:{self.slow}",
             "SLURM_CONF": str(folder / "slurm" / "slurm.conf"),
             "PYTHONPATH": f"{ROOT}/benchmarks{os.pathsep}{ROOT}/src",
             "SPARSEPILOT_VENV": sys.prefix,
@@ -243,9 +244,11 @@ def test_a_job_goes_on_after_all_that_may_end_it(slurm: Slurm, unbroken: Path) -
 
 
 def test_a_killed_rank_ends_the_job_and_a_requeued_job_goes_on(slurm: Slurm, unbroken: Path) -> None:
+    slurm.slow.touch()
     job = slurm.train()
     job.wait_for_a_step()
     os.kill(job.process(rank=1), signal.SIGKILL)
+    slurm.slow.unlink()
     job.wait("FAILED", 60)
     assert "another rank of this run is gone" in job.out or "Killed" in job.out
     assert "Traceback" not in job.out
@@ -276,14 +279,13 @@ def test_an_error_of_all_tasks_is_said_once(slurm: Slurm) -> None:
     assert job.out == "error: /nowhere: no Python environment there; run `make setup`, or set SPARSEPILOT_VENV\n"
 
 
-def test_an_array_writes_a_cache_and_a_killed_task_goes_on(slurm: Slurm) -> None:
+def test_an_array_writes_a_cache_and_a_killed_task_goes_on(slurm: Slurm, warm: Warm) -> None:
     words = [word for word in BASE if word.startswith("data")]
     words += [
         "+data.build.chunk_rows=64",
         "+data.build.shard_rows=1088",
     ]  # 20 shards of five writes, five for each task
-    alone = [sys.executable, "scripts/cache_activations.py", *words, f"data.path={slurm.folder}/alone"]
-    subprocess.run(alone, cwd=ROOT, env=slurm.env, check=True, capture_output=True)
+    warm.script(["scripts/cache_activations.py", *words, f"data.path={slurm.folder}/alone"]).check_returncode()
     shared = slurm.folder / "shared"
     array = slurm.submit(
         "--array=2-5", "--export=ALL,SPARSEPILOT_FAULT=cache-shard-write:18@3",

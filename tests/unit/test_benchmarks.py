@@ -6,22 +6,32 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from warm import Warm
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = ["--d-in", "16", "--d-sae", "64", "--k", "4", "--batch", "128", "--rows", "1024", "--threads", "1"]
 
 
-def run(script: str, *words: str) -> str:
-    command = [sys.executable, str(BENCHMARKS / script), *TINY, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(warm: Warm) -> Run:
+    """run("train_step.py", "--steps", "4"): what it prints."""
+
+    def run(script: str, *words: str) -> str:
+        done = warm.script([str(BENCHMARKS / script), *TINY, *words])
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture
@@ -33,7 +43,7 @@ def stepping(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.slow  # starts Lightning in a process
-def test_train_step_prints_one_line_of_json(tmp_path: Path) -> None:
+def test_train_step_prints_one_line_of_json(run: Run, tmp_path: Path) -> None:
     lines = run(
         "train_step.py", "--scratch", str(tmp_path), "--steps", "4", "--json", "model.revival.aux_k=3"
     ).splitlines()
@@ -52,7 +62,7 @@ def test_train_step_prints_one_line_of_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # starts three processes with Lightning
-def test_side_by_side_gives_rows_and_paired_ratios(tmp_path: Path) -> None:
+def test_side_by_side_gives_rows_and_paired_ratios(run: Run, tmp_path: Path) -> None:
     ours = ["--ours", "ours=", "--ours", "k 8=model.k=8", "--ours", "wrong=model.kk=8"]
     report = tmp_path / "report.json"
     words = ["--scratch", str(tmp_path), "--rounds", "2", "--warmup", "1", "--pause", "0.05", "--json", str(report)]
@@ -69,7 +79,7 @@ def test_side_by_side_gives_rows_and_paired_ratios(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # starts two processes
-def test_memory_counts_the_state_and_reports_what_cannot_be_built(tmp_path: Path) -> None:
+def test_memory_counts_the_state_and_reports_what_cannot_be_built(run: Run, tmp_path: Path) -> None:
     words = ["--scratch", str(tmp_path), "--steps", "1", "--tile-latents", "none", "0"]
     lines = run("memory.py", *words).splitlines()
     whole, tiled = json.loads(lines[0]), json.loads(lines[1])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig
+from warm import Warm
 
 from sparsepilot.config.check import check, check_cache
 from sparsepilot.config.resume import allowed_changes
@@ -201,9 +200,9 @@ def test_every_option_of_every_group_passes(compose_cfg, option: str) -> None:
         ("data.sites=[a]", "error: cache/none: no activation cache here"),
     ],
 )
-def test_the_command_line_prints_one_line(tmp_path: Path, argument: str, message: str) -> None:
-    command = [sys.executable, ROOT / "train.py", "data=cache", "data.path=cache/none", "data.sites=[b]", argument]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+def test_the_command_line_prints_one_line(warm: Warm, tmp_path: Path, argument: str, message: str) -> None:
+    command = [str(ROOT / "train.py"), "data=cache", "data.path=cache/none", "data.sites=[b]", argument]
+    done = warm.script(command, tmp_path)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith(message)
     assert len(done.stderr.strip().splitlines()) == 1

@@ -15,6 +15,7 @@ from conftest import ROOT, TINY
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from warm import Warm
 
 from sparsepilot.config.check import check
 from sparsepilot.config.resolvers import register_resolvers
@@ -23,11 +24,13 @@ from sparsepilot.errors import ConfigError
 from sparsepilot.reporting.sweep import joined, members_table, read_sweep, write_sweep_report
 from sparsepilot.sweep_folder import Member, SweepFolder
 
+TRAIN = str(ROOT / "train.py")
+
 
 def start(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """train.py in `folder`."""
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), **environment}
-    command = [sys.executable, str(ROOT / "train.py"), *words]
+    command = [sys.executable, TRAIN, *words]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
@@ -49,10 +52,10 @@ def test_every_member_of_every_sweep_passes(compose_cfg, name: str) -> None:
 
 
 @pytest.mark.slow  # a process that trains two runs
-def test_a_member_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_a_member_that_fails_does_not_stop_the_others(warm: Warm, tmp_path: Path) -> None:
     wandb = ("logger=wandb", "logger.wandb.mode=disabled")
     own = [f"data.path={tmp_path}/cache", "model.k=9000,6,2", "hydra.sweep.dir=runs/sweeps/mine"]
-    done = start(tmp_path, "-m", *TINY, *wandb, *own)
+    done = warm.script([TRAIN, "-m", *TINY, *wandb, *own], tmp_path)
     error = "model.k = 9000: at most model.d_sae = 64 latents can be active"
     assert done.returncode == 1
     assert done.stderr.splitlines() == [f"error: {error}", f"failed: member 0 (model.k=9000): {error}"]
@@ -139,10 +142,9 @@ def test_a_sweep_on_a_cluster_says_what_is_missing(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.slow  # two processes that import Hydra
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_ranks_that_somebody_else_has_started_do_not_sweep(tmp_path: Path, rank: str) -> None:
-    done = start(tmp_path, "-m", "seed=0,1", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2")
+def test_ranks_that_somebody_else_has_started_do_not_sweep(warm: Warm, tmp_path: Path, rank: str) -> None:
+    done = warm.script([TRAIN, "-m", "seed=0,1"], tmp_path, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2")
     assert done.returncode == 2
     said = "error: -m: this process is one of several that srun or torchrun has started, and a sweep is started by one;"
     assert done.stderr.startswith(said) if rank == "0" else done.stderr == ""

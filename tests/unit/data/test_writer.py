@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_cache
 import torch
+from warm import Warm
 
 from sparsepilot.data.cache import Cache
 from sparsepilot.data.files import one_at_a_time
@@ -23,13 +23,9 @@ from sparsepilot.errors import ConfigError, DataError
 SITE, SMALL = tiny_cache.WIDTHS
 
 
-def spawn(path: Path, rank: int, world: int, *more: str, fault: str = "") -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, tiny_cache.__file__, str(path), str(rank), str(world), *more],
-        env=os.environ | {"SPARSEPILOT_FAULT": fault},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def spawn(path: Path, rank: int, world: int, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, tiny_cache.__file__, str(path), str(rank), str(world), *more]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -81,10 +77,9 @@ def test_any_number_of_processes_give_the_same_files(tmp_path: Path, unbroken: P
 
 # Each shard passes the point six times: after each of its five arrays (before the rename), and before its marker.
 @pytest.mark.parametrize("nth", [1, 4, 6, 15, 42])
-def test_a_killed_writer_goes_on_where_it_was(tmp_path: Path, unbroken: Path, nth: int) -> None:
+def test_a_killed_writer_goes_on_where_it_was(warm: Warm, tmp_path: Path, unbroken: Path, nth: int) -> None:
     path = tmp_path / "c"
-    killed = spawn(path, 0, 1, fault=f"cache-shard-write:{nth}")
-    killed.communicate()
+    killed = warm.script([tiny_cache.__file__, str(path), "0", "1"], SPARSEPILOT_FAULT=f"cache-shard-write:{nth}")
     assert killed.returncode == -signal.SIGKILL
     whole = (nth - 1) // 6
     assert [r.start for r in CacheWriter(path).pending()] == list(range(whole * 128, 830, 128))

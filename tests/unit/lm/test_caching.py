@@ -5,18 +5,16 @@ killed, then a run on what they wrote.
 from __future__ import annotations
 
 import io
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 from rich.console import Console
+from warm import Warm
 
 import sparsepilot
 from sparsepilot.caching import build_cache, check_recipe
@@ -177,8 +175,8 @@ def test_a_streamed_dataset_is_read_no_further_than_max_tokens(
 SITES = "data.sites=[model.layers.*.mlp,'model.layers.2:in']"
 
 
-@pytest.mark.slow  # three processes, each of which imports torch and transformers
-def test_two_writers_one_killed_then_a_run(tiny_folder: Path, tmp_path: Path, compose_cfg) -> None:
+@pytest.mark.slow  # three processes that load a language model
+def test_two_writers_one_killed_then_a_run(tiny_folder: Path, tmp_path: Path, compose_cfg, warm: Warm) -> None:
     for number in range(30):
         words = " ".join("abcdefgh"[(number + i * i) % 8] for i in range(5 + number))
         (tmp_path / f"{number}.txt").write_text(words)
@@ -198,11 +196,8 @@ def test_two_writers_one_killed_then_a_run(tiny_folder: Path, tmp_path: Path, co
     )
 
     def write(rank: int, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, ROOT / "scripts" / "cache_activations.py", *common]
-        command += [f"data.path={tmp_path}/shared", f"rank={rank}", "world=2"]
-        return subprocess.run(
-            command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False
-        )
+        own = (f"data.path={tmp_path}/shared", f"rank={rank}", "world=2")
+        return warm.script(["scripts/cache_activations.py", *common, *own], **environment)
 
     killed = write(1, SPARSEPILOT_FAULT="cache-shard-write:2")
     assert killed.returncode == -9, killed.stderr

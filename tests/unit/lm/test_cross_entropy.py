@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
-from conftest import ROOT
+from killing.compare import run_differences
 from rich.console import Console
 from torch import Tensor, nn
+from warm import Warm
 
 import sparsepilot
 from sparsepilot.caching import build_cache
@@ -31,13 +29,9 @@ from sparsepilot.rows import read_rows, rows_of_trainee
 from sparsepilot.run import train
 from sparsepilot.run_folder import RunFolder
 
+from . import spliced_ranks
 from .test_load import SMOLLM2, needs_smollm2
-from .test_splice import make, make_contexts, plain_ce
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from killing.compare import run_differences
-from killing.runs import launch
+from .test_splice import make_contexts, plain_ce
 
 SITES = ["model.layers.1.mlp:in", "model.layers.1.mlp", "model.layers.2", "model.layers.3"]
 Overrides = Callable[..., list[str]]
@@ -220,45 +214,28 @@ def test_another_model_of_the_same_name_is_refused(
         train(compose_cfg(*overrides(moved)))
 
 
-@pytest.mark.slow  # four starts of train.py with transformers
-def test_killed_between_two_measurements_it_ends_with_equal_bits(overrides: Overrides, tmp_path: Path) -> None:
+@pytest.mark.slow  # four starts of train.py with a language model
+def test_killed_between_two_measurements_it_ends_with_equal_bits(
+    overrides: Overrides, warm: Warm, tmp_path: Path
+) -> None:
     saving = ("callbacks.checkpoint_every_samples=768", "threads=1")
     whole, broken = (["train.py", *overrides(*saving, f"run_dir={tmp_path}/{name}")] for name in ("whole", "broken"))
-    assert launch(whole, {}).code == 0
+    assert warm(whole, {}).code == 0
     # killed in step 12, after the measurements of steps 10 and 8, and in the measurement's own row of step 14
     for fault in ("mid-step:12", "metrics-append:8"):
-        ended = launch(broken, {"SPARSEPILOT_FAULT": fault})
+        ended = warm(broken, {"SPARSEPILOT_FAULT": fault})
         assert ended.code == -9, ended.out
-    ended = launch(broken, {})
+    ended = warm(broken, {})
     assert ended.code == 0, ended.out
     assert "cross-entropy (validation)" in ended.out
     assert run_differences(tmp_path / "whole", tmp_path / "broken") == []
 
 
-def _measure_on(rank: int, world: int, port: int, out: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    torch.save(_measure(), f"{out}-{rank}")
-    torch.distributed.destroy_process_group()
-
-
-def _measure() -> list[dict[str, float]]:
-    seam = Seam(make("llama"), "model.layers.1", "model.layers.1")
-    ce = SplicedCrossEntropy(seam, make_contexts(num=20), torch.ones(32), tokens=100, often_tokens=20, batch_contexts=2)
-
-    def shrink(x_ND: Tensor) -> Tensor:
-        return 0.8 * x_ND
-
-    return [ce.measure(shrink, last=True), ce.measure(shrink, often=True)]
-
-
-@pytest.mark.slow  # two processes that import torch and transformers
-def test_two_ranks_hold_the_bits_of_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_measure_on, (2, port, str(tmp_path / "out")), nprocs=2)
-    alone = _measure()
+@pytest.mark.slow  # two processes
+def test_two_ranks_hold_the_bits_of_one(warm: Warm, tmp_path: Path) -> None:
+    for ended in warm.ranks(2, [spliced_ranks.__file__, str(tmp_path / "out")], {}):
+        assert ended.code == 0, ended.out
+    alone = spliced_ranks.measure()
     for rank in range(2):
         assert torch.load(tmp_path / f"out-{rank}") == alone
 
@@ -268,7 +245,7 @@ def test_two_ranks_hold_the_bits_of_one(tmp_path: Path) -> None:
 @pytest.mark.slow  # whole passes of SmolLM2 in float32
 def test_smollm2_from_layer_9_on_is_smollm2() -> None:
     lm = load(**{**SMOLLM2, "dtype": "float32"})
-    contexts = make_contexts(num=6, length=64)
+    contexts = make_contexts(num=4, length=32)
     for site in ("model.layers.9", "model.layers.9.mlp"):
         seam = Seam(lm, site, site)
         assert seam.restarts

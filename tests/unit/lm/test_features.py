@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -19,6 +16,7 @@ import torch
 from conftest import ROOT
 from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel
+from warm import Warm
 
 import sparsepilot
 from sparsepilot.analysis.features.build import NUM_PICKED, build
@@ -136,20 +134,16 @@ def test_token_texts_keep_their_spaces(lm: LanguageModel) -> None:
     assert texts[11:] == ["<11>", "<12>", "<13>"]
 
 
-def script(run: Path, out: Path, fault: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts/features.py"), f"run_dir={run}", f"out={out}", "save_every_s=0"]
-    environment = {**os.environ, "SPARSEPILOT_FAULT": fault}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-
-
-@pytest.mark.slow  # three processes that import torch and transformers
-def test_killed_in_the_pass_and_while_writing_it_ends_the_same(run: Path, built: Path, tmp_path: Path) -> None:
+@pytest.mark.slow  # three processes that load a language model
+def test_killed_in_the_pass_and_while_writing_it_ends_the_same(
+    run: Path, built: Path, warm: Warm, tmp_path: Path
+) -> None:
     out = tmp_path / "features"
-    assert script(run, out, "features-pass:3").returncode == -signal.SIGKILL
-    assert not out.exists()
-    assert script(run, out, "features-write").returncode == -signal.SIGKILL
-    assert not out.exists()
-    done = script(run, out)
+    command = ["scripts/features.py", f"run_dir={run}", f"out={out}", "save_every_s=0"]
+    for fault in ("features-pass:3", "features-write"):
+        assert warm.script(command, SPARSEPILOT_FAULT=fault).returncode == -signal.SIGKILL
+        assert not out.exists()
+    done = warm.script(command)
     assert done.returncode == 0, done.stderr
     total = json.loads((built / "features.json").read_text())["rows"]
     assert f"going on after {total:,} of {total:,} rows" in done.stdout  # the pass was whole before the second kill

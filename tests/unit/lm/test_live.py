@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from killing.compare import run_differences
 from rich.console import Console
 from warm import Warm
 
@@ -28,11 +27,6 @@ from sparsepilot.lm.capture import capture
 from sparsepilot.lm.load import load
 from sparsepilot.rows import read_rows
 from sparsepilot.run import train
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from killing.compare import run_differences
-from killing.runs import launch
 
 SITES = ["model.layers.2", "model.layers.1.mlp:in"]
 CONTEXT, BATCH_CONTEXTS, STREAMS = 16, 4, 8
@@ -201,7 +195,7 @@ def _batches_of(module: LiveData, stream: int, start: int, stop: int) -> int:
 
 @pytest.mark.slow  # two runs here and a start of train.py with transformers
 def test_a_run_without_a_cache(
-    compose_cfg: Any, overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compose_cfg: Any, overrides: Overrides, warm: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed and started again: equal bits, statistics not taken twice, and no more text run again than the window."""
     spliced = ("cross_entropy=spliced", "cross_entropy.tokens=300")
@@ -212,7 +206,7 @@ def test_a_run_without_a_cache(
 
     # in step 14, after the checkpoint at step 12
     command = ["train.py", *overrides(*spliced, f"run_dir={tmp_path}/broken")]
-    ended = launch(command, {"SPARSEPILOT_FAULT": "mid-step:14"})
+    ended = warm(command, {"SPARSEPILOT_FAULT": "mid-step:14"})
     assert ended.code == -9, ended.out
     monkeypatch.setattr(LiveRows, "measure", None)
     train(compose_cfg(*command[1:]))
@@ -236,13 +230,6 @@ def _noted(init: Callable[..., None], made: list[LiveRows]) -> Callable[..., Non
         made.append(self)
 
     return noted
-
-
-@pytest.fixture
-def warm(tmp_path: Path) -> Iterator[Warm]:
-    made = Warm(tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.mark.slow  # five processes with transformers

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY
+from killing.compare import run_differences
+from warm import Warm
 
 from sparsepilot.rows import read_rows
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from killing.compare import run_differences
-from killing.runs import launch
 
 LONGER = ("samples=20480", "callbacks.validate_every_samples=4096", "callbacks.log_every_steps=1", "optimizer.lr=3e-3")
 """80 steps, validated at every 16th."""
@@ -90,15 +86,15 @@ BREAKS = {
 
 @pytest.mark.slow  # three starts of train.py
 @pytest.mark.parametrize("name", BREAKS)
-def test_killed_on_the_way_to_its_target_a_run_ends_with_equal_bits(tmp_path: Path, name: str) -> None:
+def test_killed_on_the_way_to_its_target_a_run_ends_with_equal_bits(warm: Warm, tmp_path: Path, name: str) -> None:
     """Killed in step 33, one step after a validation and five after a checkpoint."""
     words = [*TINY, *LONGER, *BREAKS[name], f"data.path={tmp_path}/cache", "threads=1"]
     words += ["callbacks.checkpoint_every_samples=1792", "callbacks.checkpoint_every_minutes=1000"]
     whole, broken = (["train.py", *words, f"run_dir={tmp_path}/{folder}"] for folder in ("whole", "broken"))
-    assert launch(whole, {}).code == 0
-    ended = launch(broken, {"SPARSEPILOT_FAULT": "mid-step:33"})
+    assert warm(whole, {}).code == 0
+    ended = warm(broken, {"SPARSEPILOT_FAULT": "mid-step:33"})
     assert ended.code == -9, ended.out
-    ended = launch(broken, {})
+    ended = warm(broken, {})
     assert ended.code == 0, ended.out
     assert run_differences(tmp_path / "whole", tmp_path / "broken") == []
     strengths = {row["strength"] for row in logged(list(read_rows(tmp_path / "broken" / "metrics.jsonl")))}
