@@ -374,7 +374,7 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Cons
         trainer = cast(
             L.Trainer,
             instantiate(
-                {key: value for key, value in cfg.trainer.items() if key != "reproducible"},
+                {key: value for key, value in plain(cfg)["trainer"].items() if key != "reproducible"},
                 callbacks=callbacks,
                 plugins=plugins,
                 logger=build_loggers(cfg, samples),

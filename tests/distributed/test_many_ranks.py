@@ -46,8 +46,11 @@ CASES: dict[str, tuple[str, ...]] = {
 }
 
 
-FOUR = ("topk", "batchtopk", "jumprelu", "resampling", "accumulated")
-"""Cases that four ranks train; for the others two must do."""
+WORLDS = {
+    **dict.fromkeys(("topk", "batchtopk", "jumprelu"), (2, 4)),
+    **dict.fromkeys(("jumprelu, steered", "resampling", "accumulated"), (4,)),
+}
+"""How many ranks train a case; for the others two must do."""
 DIVIDED = {
     "topk": (2, 4),
     "batchtopk": (4,),
@@ -163,7 +166,8 @@ def test_trainees_of_many_ranks_are_their_runs_alone(lab: Lab, tmp_path: Path) -
 def test_many_ranks_train_as_one(lab: Lab, tmp_path: Path, case: str) -> None:
     one = lab.one(case)
     assert one.ranks[0][-1]["step"] == STEPS
-    assert_trained_as_one(case, one, lab.run(tmp_path / "many", 4 if case in FOUR else 2, *CASES[case]))
+    for world in WORLDS.get(case, (2,)):
+        assert_trained_as_one(case, one, lab.run(tmp_path / f"ranks{world}", world, *CASES[case]))
 
 
 @pytest.mark.parametrize(("case", "world"), [(case, world) for case, worlds in DIVIDED.items() for world in worlds])

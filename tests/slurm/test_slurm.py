@@ -86,9 +86,12 @@ class Slurm:
 
     def train(self, *options: str, sbatch: tuple[str, ...] = ("--nodes=2", "--ntasks-per-node=1")) -> Job:
         """Submits slurm/train.sbatch."""
-        own = (f"data.path={self.folder}/cache", f"run_dir={self.folder}/${{run_id:}}", "threads=1")
-        cpu = ("trainer.accelerator=cpu", f"samples={STEPS * BATCH}")
-        return self.submit(*sbatch, "slurm/train.sbatch", *BASE, *own, *cpu, *options)
+        words = (*self.options(), f"run_dir={self.folder}/${{run_id:}}", "trainer.accelerator=cpu", *options)
+        return self.submit(*sbatch, "slurm/train.sbatch", *words)
+
+    def options(self) -> tuple[str, ...]:
+        """What all trainings here share."""
+        return (*BASE, f"data.path={self.folder}/cache", "threads=1", f"samples={STEPS * BATCH}")
 
     def hurry(self, job: str) -> None:
         """A job that is back in the queue need not wait the two minutes that Slurm gives its nodes to recover.
@@ -256,6 +259,40 @@ def test_a_killed_rank_ends_the_job_and_a_requeued_job_goes_on(slurm: Slurm, unb
     slurm.hurry(job.number)
     job.wait("COMPLETED")
     assert run_differences(unbroken, job.folder) == []
+
+
+@pytest.mark.parametrize(
+    ("trainer", "here"),
+    [
+        (("multinode_fsdp",), ("fsdp_cpu",)),
+        (("multinode_feature_parallel", "trainer.strategy.features=2"), ("feature_parallel_cpu",)),
+    ],
+    ids=["fsdp", "feature_parallel"],
+)
+def test_a_dictionary_divided_over_two_nodes_survives_them(
+    slurm: Slurm, warm: Warm, tmp_path: Path, trainer: tuple[str, ...], here: tuple[str, ...]
+) -> None:
+    """Each node writes its part of a checkpoint; a signal and a rank that was killed change nothing."""
+    own = (f"run_dir={tmp_path}", f"trainer={here[0]}", *here[1:])
+    alone = warm.ranks(2, ["train.py", *slurm.options(), *own], {})
+    assert [ended.code for ended in alone] == [0, 0], alone[0].out
+
+    slurm.slow.touch()
+    job = slurm.train(f"trainer={trainer[0]}", *trainer[1:])
+    job.wait_for_a_step()
+    slurm.ask("scancel", "--signal=USR1", job.number)
+    slurm.hurry(job.number)
+    job.wait_for_a_step()
+    os.kill(job.process(rank=0), signal.SIGKILL)
+    slurm.slow.unlink()
+    job.wait("FAILED", 60)
+    assert "Traceback" not in job.out
+    slurm.ask("scontrol", "requeue", job.number)
+    slurm.hurry(job.number)
+    job.wait("COMPLETED")
+    assert job.out.count("stopped and saved at") == 1
+    assert job.out.count(f"resuming {job.folder} at") == 2
+    assert run_differences(tmp_path, job.folder) == []
 
 
 def test_an_error_of_all_tasks_is_said_once(slurm: Slurm) -> None:
