@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py --scratch /tmp/steps --model topk --d-in 576 --d-sae 16384 --k 32 --batch 4096
     python benchmarks/train_step.py --scratch /tmp/steps --model jumprelu --l0 32 --precision bf16-mixed --json
-    python benchmarks/train_step.py --scratch /tmp/steps --d-sae 4096 model.aux_k_coefficient=0 optimizer.lr=1e-3
+    python benchmarks/train_step.py --scratch /tmp/steps --d-sae 4096 model.revival.coefficient=0 optimizer.lr=1e-3
 
 Trailing words are Hydra overrides, after all others. Four things take turns, so that drift hits them alike:
 

@@ -500,6 +500,10 @@ class Autoencoder(nn.Module, ABC):
         """Called once per optimizer step with the terms' means over the global batch (on the device), before the
         controller acts; for architectures with running averages."""
 
+    @torch.no_grad()
+    def latents_begun_anew(self) -> None:
+        """Called once latents were given new parameters between two steps, which is no motion of training."""
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups; `lr_scale` multiplies the schedule."""
         return [{"params": list(self.parameters())}]

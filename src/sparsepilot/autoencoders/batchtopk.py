@@ -55,7 +55,7 @@ class BatchTopK(Autoencoder):
         tiles = product()
         if now.inference and float(self.threshold) >= 0:
             if density_above(tiles, self.threshold, self.shard) > self.dense_above:
-                return Dense(self.threshold)
+                return Dense(self.threshold, {"threshold": self.threshold})
             pairs, measures = select_above(tiles, self.threshold), {"threshold": self.threshold}
         else:
             top = select_batch_topk(tiles, now.strength, self.shard)

@@ -73,6 +73,10 @@ class Blocks:
         return columns[None, :] >= latents_LF[:, None]
 
     def decoder_norms(self, W_dec_FD: Tensor) -> Tensor:
-        """[F]: a latent's decoder norm, summed over the sites that it writes (Lindsey et al. 2024), differentiable."""
+        """[F]: a latent's decoder norm, differentiable. Over several sites: the sum of their norms (crosscoders,
+        Lindsey et al. 2024); of a cross-layer transcoder the norm over all layers that it writes (CLT-Forge's code)."""
+        if self.cross_layer:
+            whole: Tensor = torch.linalg.vector_norm(W_dec_FD, dim=1)
+            return whole
         norms = [part.norm(dim=1) for part in torch.split(W_dec_FD, list(self.write_widths), dim=1)]
         return norms[0] if len(norms) == 1 else torch.stack(norms).sum(dim=0)

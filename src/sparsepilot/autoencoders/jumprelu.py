@@ -87,6 +87,10 @@ class JumpReLU(Penalised):
         self.coherence.copy_(one_way / both_ways.clamp_min(1e-30))
         own(self.last_log_threshold).copy_(own(self.log_threshold))
 
+    @torch.no_grad()
+    def latents_begun_anew(self) -> None:
+        own(self.last_log_threshold).copy_(own(self.log_threshold))
+
     def threshold_coherence(self) -> Tensor:
         return self.coherence
 

@@ -81,8 +81,11 @@ class FixedPrefixes(Prefixes):
 
 
 class RandomPrefixes(Prefixes):
-    """`count` prefixes drawn anew in each step, log-uniform between 1 and d_sae as in Nabeshima's matryoshka-saes,
-    seeded by (seed, samples); the whole dictionary is always the last.
+    """`count` prefixes drawn anew in each step, seeded by (seed, samples); the whole dictionary is always the last.
+
+    Their lengths are log-uniform between 1 and d_sae, and those that fall together count once. (Nabeshima's
+    matryoshka-saes draws from a density that falls with the square root of the length, and takes the mean over prefixes
+    instead of the sum.)
 
     >>> prefixes = RandomPrefixes(3)
     >>> prefixes.ends(1024, seed=0, samples=512) == prefixes.ends(1024, seed=0, samples=512)

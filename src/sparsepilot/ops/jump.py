@@ -29,7 +29,9 @@ def jump(pre: Tensor, threshold: Tensor, bandwidth: float, to_pre: bool) -> Tens
         d / d threshold = -threshold / bandwidth * K
         d / d pre       = H(pre - threshold), plus threshold / bandwidth * K where `to_pre`
 
-    (Rajamanoharan et al. 2024, arXiv 2407.14435, equation 11; `to_pre` after Conerly et al., January 2025.) K is taken
+    (Rajamanoharan et al. 2024, arXiv 2407.14435, equation 11. Conerly et al., January 2025, want the gradient of the
+    tanh penalty to reach all parameters; that the rectangle lets it through to the pre-activations, too, is a reading
+    of ours, and common code does without: the two gradients differ by theta / bandwidth near the threshold.) K is taken
     on pre-activations: on the values after the jump, everything just below the threshold would be lost.
     """
     out: Tensor = _Jump.apply(pre, threshold, bandwidth, to_pre)  # type: ignore[no-untyped-call]

@@ -104,7 +104,7 @@ class EncoderProduct:
 
     def tile(self, rows: slice, latents: slice) -> Tensor:
         """[rows, latents] pre-activations, valid until the next call."""
-        shape = (rows.stop - rows.start, latents.stop - latents.start)
+        shape = (len(range(rows.start, rows.stop, rows.step or 1)), latents.stop - latents.start)
         dtype = self.half or self.xc_BD.dtype
         out = self._workspace.get(f"tile {dtype}", shape, self.xc_BD, dtype)
         reader = latents.start // (self.num_latents // self.readers)

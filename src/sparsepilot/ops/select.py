@@ -98,7 +98,8 @@ def _topk_of_rows(product: EncoderProduct, rows: slice, wanted: int) -> TopK:
 
 
 def select_above(product: EncoderProduct, bound: float | Tensor) -> Pairs:
-    """Every pair whose value is above `bound` (a number, or a scalar tensor)."""
+    """Every pair whose value is above `bound` (a number, or a scalar tensor), and every NaN: it has to reach the loss,
+    where it is refused, and not vanish."""
     # the upper bounds of a half-precision product were rounded themselves
     lower = bound
     if product.half is not None:
@@ -116,7 +117,7 @@ def select_above(product: EncoderProduct, bound: float | Tensor) -> Pairs:
 def _exactly_above(product: EncoderProduct, pairs: Pairs, bound: float | Tensor) -> Pairs:
     counts_B = torch.bincount(pairs.rows_P, minlength=product.num_rows)
     values_P = product.exact(pairs.rows_P, pairs.ids_P, torch.cumsum(counts_B, 0) - counts_B)
-    keep_P = (values_P > bound).nonzero().squeeze(1)
+    keep_P = (~(values_P <= bound)).nonzero().squeeze(1)
     return Pairs(pairs.rows_P[keep_P], pairs.ids_P[keep_P], values_P[keep_P])
 
 
@@ -125,14 +126,14 @@ def _above(product: EncoderProduct, rows: slice, latents: slice, bound: float | 
     pre = product.tile(rows, latents)
     num_rows, width = pre.shape
     if width % GROUP_SIZE:
-        rows_P, ids_P = (pre > bound).nonzero(as_tuple=True)
+        rows_P, ids_P = (~(pre <= bound)).nonzero(as_tuple=True)
     else:
         num_groups = width // GROUP_SIZE
         groups_BsG = pre.view(num_rows, GROUP_SIZE, num_groups)
-        rows_Q, groups_Q = (groups_BsG.amax(dim=1) > bound).nonzero(as_tuple=True)
+        rows_Q, groups_Q = (~(groups_BsG.amax(dim=1) <= bound)).nonzero(as_tuple=True)
         members_s = torch.arange(0, width, num_groups, device=pre.device)
         flat_Qs = (rows_Q * width + groups_Q)[:, None] + members_s
-        hit_P = (pre.view(-1)[flat_Qs] > bound).view(-1).nonzero().squeeze(1)
+        hit_P = (~(pre.view(-1)[flat_Qs] <= bound)).view(-1).nonzero().squeeze(1)
         flat_P = flat_Qs.view(-1)[hit_P]
         rows_P = torch.div(flat_P, width, rounding_mode="floor")
         ids_P = flat_P - rows_P * width
@@ -140,13 +141,14 @@ def _above(product: EncoderProduct, rows: slice, latents: slice, bound: float | 
 
 
 def density_above(product: EncoderProduct, bound: float | Tensor, shard: Shard | None = None) -> float:
-    """The share of pairs above `bound` among the first rows, over all shards: what decides between the sparse and the
-    dense path."""
-    rows = slice(0, min(product.num_rows, SAMPLE_ROWS))
-    above = sum(int((product.tile(rows, latents) > bound).sum()) for latents in product.latent_tiles)
+    """The share of pairs above `bound` among some of the rows, over all shards: what decides between the sparse and
+    the dense path. Rows from all over the batch, whose parts come from different places of the data."""
+    num_rows = min(product.num_rows, SAMPLE_ROWS)
+    rows = slice(0, product.num_rows // num_rows * num_rows, product.num_rows // num_rows)
+    above = sum(int((~(product.tile(rows, latents) <= bound)).sum()) for latents in product.latent_tiles)
     if shard is not None:
         above = shard.total(above, product.xc_BD.device)
-    return above / (rows.stop * (product.num_latents if shard is None else shard.d_sae))
+    return above / (num_rows * (product.num_latents if shard is None else shard.d_sae))
 
 
 class BatchTop(NamedTuple):
@@ -176,7 +178,7 @@ def select_batch_topk(product: EncoderProduct, per_row: float, shard: Shard | No
             break
         bound = bound / 2 if bound > 1e-3 else 0.0
     smallest = _nth_largest(pairs.values_P, wanted)
-    keep_P = (pairs.values_P >= smallest).nonzero().squeeze(1)
+    keep_P = (~(pairs.values_P < smallest)).nonzero().squeeze(1)
     if keep_P.numel() < pairs.values_P.numel():
         pairs = Pairs(*(part[keep_P] for part in pairs))
     return BatchTop(pairs, smallest)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from shapes import ARCHITECTURES, BLOCKS, B, F, assert_same, dead_ids, make, moment, rows
+from shapes import ARCHITECTURES, BLOCKS, B, F, assert_same, dead_ids, make, moment, pre_of, rows
 from torch import Tensor
 
 from sparsepilot.autoencoders.base import Autoencoder
@@ -18,6 +18,8 @@ from sparsepilot.autoencoders.revival import AuxK, PreActivation
 from sparsepilot.autoencoders.step import Step
 from sparsepilot.autoencoders.topk import TopK
 from sparsepilot.errors import ConfigError
+from sparsepilot.ops.product import EncoderProduct, Workspace
+from sparsepilot.ops.select import density_above
 from sparsepilot.optimizers.muon import MuonWithAdam
 
 PATHS = {"sparse": 1.0, "dense": 0.0}
@@ -40,6 +42,19 @@ def run(model: Autoencoder, x_BD: Tensor, y_BD: Tensor, dead: Tensor | None = No
     assert int(step.firings_F.min()) >= 0
     assert int(step.firings_F.max()) <= len(x_BD)
     return step
+
+
+@paths
+@architectures
+def test_what_is_not_a_number_reaches_the_loss(architecture: str, path: str) -> None:
+    """Where it vanished (no comparison with it is true), a broken parameter would train on as a latent that is off."""
+    for where in ("row", "W_enc"):
+        model = make(architecture, "transcoder", dense_above=PATHS[path])
+        x_BD, y_BD = rows(model)
+        with torch.no_grad():
+            (x_BD if where == "row" else model.W_enc)[5] = math.nan
+        step = model(x_BD, y_BD, moment(model))
+        assert math.isnan(float(step.loss.detach())), where
 
 
 @paths
@@ -198,3 +213,26 @@ def test_blocks_of_one_site_are_an_autoencoder() -> None:
     assert [blocks.kind for blocks in BLOCKS.values()] == [
         "autoencoder", "crosscoder", "transcoder", "transcoder", "cross_layer_transcoder",
     ]  # fmt: skip
+
+
+def test_a_cross_layer_latent_has_the_norm_of_all_that_it_writes() -> None:
+    """The sum over layers would press hardest on the latents of the first ones, which write most."""
+    model = make("jumprelu-tanh", "cross-layer")
+    W_dec_FD = model.W_dec.detach()
+    assert_same(model.decoder_norms().detach(), W_dec_FD.square().sum(dim=1).sqrt(), "of a cross-layer transcoder")
+    model = make("jumprelu-tanh", "crosscoder")
+    first, second = model.W_dec.detach().split([5, 8], dim=1)
+    assert_same(model.decoder_norms().detach(), first.norm(dim=1) + second.norm(dim=1), "of a crosscoder")
+
+
+def test_density_is_judged_all_over_the_batch() -> None:
+    """A batch is put together from places of the data, each a run of rows: the first ones may be quiet ones."""
+    model = make("relu-l1", "autoencoder")
+    x_BD, _ = rows(model, num_rows=1024)
+    x_BD[:64] = model.b_in  # all off
+    with torch.no_grad():
+        model.b_enc.fill_(-0.01)
+    product = EncoderProduct(x_BD - model.b_in.detach(), model.W_enc.detach(), model.b_enc.detach(), Workspace())
+    share = float((pre_of(model, x_BD).detach() > 0).float().mean())
+    assert share > 0.4
+    assert density_above(product, 0.0) == pytest.approx(share, abs=0.1)

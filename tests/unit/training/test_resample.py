@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from shapes import moment
 
 from sparsepilot.autoencoders.blocks import Blocks
+from sparsepilot.autoencoders.jumprelu import JumpReLU
 from sparsepilot.autoencoders.relu import ReLU
 from sparsepilot.autoencoders.topk import TopK
 from sparsepilot.callbacks.checkpoint_io import list_checkpoints
@@ -51,6 +53,21 @@ def test_dead_latents_point_at_bad_rows_and_their_moments_are_gone(make) -> None
     living = before["W_enc"][[i for i in range(20) if i not in dead]].norm(dim=1).mean()
     torch.testing.assert_close(model.W_enc.detach()[dead[:2]].norm(dim=1), (0.2 * living).expand(2))
     assert float(model.b_enc.detach()[dead[:2]].abs().max()) == 0.0
+
+
+def test_thresholds_that_begin_anew_have_not_moved() -> None:
+    """The controller tells by their motion whether the penalty rules them."""
+    model = JumpReLU(Blocks.autoencoder(6), 20, 1.0)
+    with torch.no_grad():
+        model.log_threshold.add_(torch.arange(20) * 0.1)
+    model.close_step({}, moment(model))
+    x_BD = torch.randn(50, 6)
+    dead, optimizer = torch.tensor([2, 5]), trained_optimizer(model)
+    assert resample(model, dead, x_BD, x_BD, torch.ones(50), 0.2, 0, 4096, optimizer) == 2
+    with torch.no_grad():
+        model.log_threshold.add_(torch.tensor([0.01, -0.01]).repeat(10))
+    model.close_step({}, moment(model))
+    assert abs(float(model.threshold_coherence())) < 1e-3
 
 
 def test_rows_are_drawn_by_squared_loss_and_from_the_clock() -> None:
