@@ -229,7 +229,7 @@ def test_density_is_judged_all_over_the_batch() -> None:
     """A batch is put together from places of the data, each a run of rows: the first ones may be quiet ones."""
     model = make("relu-l1", "autoencoder")
     x_BD, _ = rows(model, num_rows=1024)
-    x_BD[:64] = model.b_in  # all off
+    x_BD[:64] = model.b_in.detach()  # all off
     with torch.no_grad():
         model.b_enc.fill_(-0.01)
     product = EncoderProduct(x_BD - model.b_in.detach(), model.W_enc.detach(), model.b_enc.detach(), Workspace())
