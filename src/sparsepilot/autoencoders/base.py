@@ -505,8 +505,8 @@ class Autoencoder(nn.Module, ABC):
         """Called once latents were given new parameters between two steps, which is no motion of training."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups; `lr_scale` multiplies the schedule."""
-        return [{"params": list(self.parameters())}]
+        """Optimizer groups; `lr_scale` multiplies the schedule. Biases are not decayed: b_dec holds the data's mean."""
+        return weights_and_biases(self.parameters())
 
     def inference_config(self, strength: float) -> dict[str, Any]:
         """What a loader needs beside the tensors, with the knob at `strength`; JSON values only."""
@@ -568,3 +568,12 @@ def _as_is(values_F: Tensor) -> Tensor:
 
 def _total(parts: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(parts)).sum(dim=0)
+
+
+def weights_and_biases(parameters: Iterable[Tensor]) -> list[dict[str, Any]]:
+    """Optimizer groups of matrices, and of all else, which weight decay leaves alone."""
+    parameters = list(parameters)
+    return [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]

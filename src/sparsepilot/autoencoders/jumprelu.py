@@ -9,7 +9,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from sparsepilot.autoencoders.base import Common
+from sparsepilot.autoencoders.base import Common, weights_and_biases
 from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.autoencoders.penalised import Penalised
 from sparsepilot.autoencoders.step import Moment, Response
@@ -119,7 +119,7 @@ class JumpReLU(Penalised):
         rest = [p for p in self.parameters() if p is not self.log_threshold]
         betas = {"betas": (0.0, 0.999)} if self.recipe == "step" else {}
         return [
-            {"params": rest},
+            *weights_and_biases(rest),
             {"params": [self.log_threshold], "lr_scale": self.threshold_lr_scale, "weight_decay": 0.0, **betas},
         ]
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from shapes import ARCHITECTURES, make
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -170,3 +171,18 @@ def test_every_optimizer_trains_and_resumes_to_the_bit(train_tiny, tmp_path: Pat
 def test_a_momentum_that_never_forgets_is_refused(compose_cfg, name: str) -> None:
     with pytest.raises(ConfigError, match=r"optimizer.momentum = 1.0: should be less than 1"):
         check(compose_cfg(f"optimizer={name}", "optimizer.momentum=1.0"))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("make_optimizer", [torch.optim.AdamW, MuonWithAdam])
+def test_biases_and_thresholds_do_not_decay(architecture: str, make_optimizer: Callable[..., Optimizer]) -> None:
+    """b_dec holds the mean of the data; a decayed threshold would be a controller of its own."""
+    model = make(architecture, "transcoder")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(model.parameter_groups(), lr=0.1, weight_decay=0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    stayed = {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])}
+    assert stayed == {name for name in before if before[name].ndim == 1}
+    assert len(stayed) < len(before)
