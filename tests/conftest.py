@@ -40,6 +40,11 @@ TINY = (
 """A run of 20 steps that takes a second."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The real Slurm first: its tests wait more than they compute, and one process alone can run them."""
+    items.sort(key=lambda item: "slurm" not in item.path.parts)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
