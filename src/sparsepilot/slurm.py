@@ -105,7 +105,7 @@ def _leave(number: int, frame: Any) -> None:
         asked_early.append(number)  # rank 0 was told the same, or training will tell it at the first step
         return
     ignore(signal.SIGTERM, *leave_signals())
-    if is_first() and belongs_back(number):
+    if belongs_back(number):
         requeue()
         # an exception would be raised wherever the process stands, and be caught there, perhaps
         os._exit(0 if queued_again else 128 + number)

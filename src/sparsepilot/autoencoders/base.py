@@ -501,8 +501,8 @@ class Autoencoder(nn.Module, ABC):
         controller acts; for architectures with running averages."""
 
     @torch.no_grad()
-    def latents_begun_anew(self) -> None:
-        """Called once latents were given new parameters between two steps, which is no motion of training."""
+    def forget_motion(self) -> None:
+        """Called once parameters were given other values between two steps, which is no motion of training."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups; `lr_scale` multiplies the schedule. Biases are not decayed: b_dec holds the data's mean."""

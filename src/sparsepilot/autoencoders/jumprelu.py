@@ -85,10 +85,10 @@ class JumpReLU(Penalised):
         sums = sum_over_parts(torch.stack([moved_F.sum(), moved_F.abs().sum()]), self.log_threshold)
         one_way, both_ways = self.shard.sum_(sums)
         self.coherence.copy_(one_way / both_ways.clamp_min(1e-30))
-        own(self.last_log_threshold).copy_(own(self.log_threshold))
+        self.forget_motion()
 
     @torch.no_grad()
-    def latents_begun_anew(self) -> None:
+    def forget_motion(self) -> None:
         own(self.last_log_threshold).copy_(own(self.log_threshold))
 
     def threshold_coherence(self) -> Tensor:
@@ -98,7 +98,7 @@ class JumpReLU(Penalised):
     def shift_thresholds_(self, by: float) -> None:
         log_threshold_F = own(self.log_threshold)
         log_threshold_F.copy_((log_threshold_F.exp() + by).clamp_min(1e-6).log())
-        own(self.last_log_threshold).copy_(log_threshold_F)
+        self.forget_motion()
 
     def bounds(self, now: Moment) -> Tensor:
         """The lower edge of the kernel; the threshold itself where no gradient is wanted."""
@@ -128,7 +128,7 @@ class JumpReLU(Penalised):
         super().adopt(tensors)
         if "threshold" in tensors:
             self.log_threshold.copy_(self.shard.own(tensors["threshold"]).clamp_min(1e-6).log())
-            self.last_log_threshold.copy_(self.log_threshold)
+            self.forget_motion()
 
     def inference_tensors(self) -> dict[str, Tensor]:
         return {**super().inference_tensors(), "threshold": self.thresholds().detach()}

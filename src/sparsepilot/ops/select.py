@@ -144,7 +144,8 @@ def density_above(product: EncoderProduct, bound: float | Tensor, shard: Shard |
     """The share of pairs above `bound` among some of the rows, over all shards: what decides between the sparse and
     the dense path. Rows from all over the batch, whose parts come from different places of the data."""
     num_rows = min(product.num_rows, SAMPLE_ROWS)
-    rows = slice(0, product.num_rows // num_rows * num_rows, product.num_rows // num_rows)
+    step = product.num_rows // num_rows
+    rows = slice(0, num_rows * step, step)
     above = sum(int((~(product.tile(rows, latents) <= bound)).sum()) for latents in product.latent_tiles)
     if shard is not None:
         above = shard.total(above, product.xc_BD.device)

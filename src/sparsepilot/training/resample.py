@@ -71,7 +71,7 @@ def resample(
         if name in model.per_latent and parameter.ndim == 1:
             value = 0.0 if name == "b_enc" else float(mean_of_living(parameter))
             set_rows_(parameter, ids_A, value, optimizer)
-    model.latents_begun_anew()
+    model.forget_motion()
     return num_drawn
 
 
