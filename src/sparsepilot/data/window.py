@@ -46,7 +46,9 @@ class Windows:
         room = [min(order.window_rows_per_stream, order.stream_rows(stream)) for stream in streams]
         self._bases = list(itertools.accumulate((2 * rows for rows in room), initial=0))
         self._memory = {site: cache.empty(site, self._bases[-1]) for site in sites}
-        self._scales = {site: torch.empty(self._bases[-1]) for site in sites if cache.dtype_of(site) == "int8"}
+        # Zeros: `take` fills the places of streams that cross into a new block with row 0 at first, which may not have
+        # been read then, and a scale that is whatever lay in memory overflows, which numpy says in a warning.
+        self._scales = {site: torch.zeros(self._bases[-1]) for site in sites if cache.dtype_of(site) == "int8"}
         self._room = room
         self._half = [0] * len(streams)
         self._blocks: list[Block | None] = [None] * len(streams)

@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from sparsepilot.data.cache import Cache
 from sparsepilot.data.loader import TrainLoader, ValLoader
 from sparsepilot.data.order import Order
 from sparsepilot.data.prefetch import Prefetcher
-from sparsepilot.data.window import window_rows_per_stream
+from sparsepilot.data.window import Windows, window_rows_per_stream
 from sparsepilot.errors import ConfigError, DataError
 
 SITES = list(tiny_cache.WIDTHS)
@@ -113,6 +114,20 @@ def test_what_does_not_divide_is_refused(cache: Cache) -> None:
         window_rows_per_stream(0, 64, 64)
 
 
+def test_what_lay_in_memory_before_does_not_matter(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def full(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(torch.finfo(tensor.dtype).max if tensor.is_floating_point() else -128)
+
+    wanted = [b.x_BD for b in TrainLoader(cache, SITES, order(), 16, 1, 1600)]
+    monkeypatch.setattr(torch, "empty", full)  # an overflow is a warning of numpy's, and warnings are errors
+    monkeypatch.setattr(Windows, "_read_ahead", lambda *_: None)  # as when its thread gets no time
+    found = [b.x_BD for b in TrainLoader(cache, SITES, order(), 16, 1, 1600)]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def reading_threads() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("sparsepilot")]
 
@@ -196,7 +211,7 @@ import sys
 from sparsepilot.data.cache import Cache
 from sparsepilot.data.loader import TrainLoader
 from sparsepilot.data.order import Order
-from sparsepilot.data.window import window_rows_per_stream
+from sparsepilot.data.window import Windows, window_rows_per_stream
 
 def peak_mb():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) / 1024
