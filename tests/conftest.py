@@ -95,6 +95,14 @@ def train_tiny(compose_cfg: Compose, tmp_path: Path) -> Train:
     return run
 
 
+@pytest.fixture(params=[1.0, 0.0], ids=["sparse", "dense"])
+def both_paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models that `shapes.make` makes take the one path, then the other."""
+    import shapes
+
+    monkeypatch.setattr(shapes, "DENSE_ABOVE", request.param)
+
+
 @pytest.fixture(scope="session")
 def three_sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sealed cache of 3,000 rows: sites a, b, c see the same planted rows in turned coordinates, each larger."""

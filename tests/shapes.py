@@ -36,6 +36,9 @@ ARCHITECTURES: dict[str, Make] = {
     "relu-p": lambda blocks, **common: ReLU(blocks, F, 0.3, penalty="p", p_start_fraction=0.0, **common),
     "jumprelu-step": lambda blocks, **common: JumpReLU(blocks, F, 0.3, threshold=0.2, bandwidth=0.2, **common),
     "jumprelu-tanh": lambda blocks, **common: JumpReLU(blocks, F, 0.3, recipe="tanh", bandwidth=0.6, **common),
+    "jumprelu-target": lambda blocks, target=3.0, **common: JumpReLU(
+        blocks, F, 0.3, threshold=0.2, bandwidth=0.2, target_l0=target, **common
+    ),
     "gated": lambda blocks, **common: Gated(blocks, F, 0.3, **common),
 }
 
@@ -102,6 +105,17 @@ def assert_same(mine: Tensor, theirs: Tensor, what: str, tolerance: float = 1e-5
 
 def pre_of(model: Autoencoder, x_BD: Tensor) -> Tensor:
     return (x_BD - model.b_in) @ model.W_enc.T + model.b_enc
+
+
+def norms_of(model: Autoencoder) -> Tensor:
+    """||W_dec[i]||; of a crosscoder the sum over its sites (Lindsey et al. 2024)."""
+    return sum(part.norm(dim=1) for part in model.W_dec.split(model.blocks.write_widths, dim=1))  # type: ignore[return-value]
+
+
+def top_codes(pre_BF: Tensor, k: int) -> Tensor:
+    """TopK(ReLU(pre))"""
+    kth = pre_BF.detach().topk(k).values[:, -1:]
+    return pre_BF.relu() * (pre_BF >= kth)
 
 
 def mse(y_BD: Tensor, y_hat_BD: Tensor) -> Tensor:

@@ -2,11 +2,11 @@
 
 | mistake | test |
 |---|---|
-| 1 backward ignores the gradient of pre-activations | below; parity/test_topk_formulas.py; unit/ops/test_sparse.py |
+| 1 backward ignores the gradient of pre-activations | below; parity/test_topk.py, _aux_k.py; unit/ops/test_sparse.py |
 | 2 resampling writes to a copy | unit/training/test_resample.py |
-| 3 JumpReLU's kernel on post-activations | unit/ops/test_jump.py, parity/test_penalty_formulas.py |
+| 3 JumpReLU's kernel on post-activations | unit/ops/test_jump.py, parity/test_jumprelu.py |
 | 4 a second look at the loss moves state | below; unit/autoencoders/test_edges.py |
-| 5 AuxK counts b_dec twice | below; parity/test_topk_formulas.py |
+| 5 AuxK counts b_dec twice | below; parity/test_aux_k.py |
 | 6, 7, 8 data position, input scale, ranks | tests/e2e, tests/property, unit/data |
 | 10 variance about zero, MSE in other units | below; unit/metrics; unit/training/test_module.py |
 | 11 dead after some number of batches | below; unit/metrics, unit/training/test_module.py |

@@ -85,6 +85,8 @@ class Autoencoder(nn.Module, ABC):
     """How far ln L0 can fall in one step, per unit of learning rate, however strong the penalty; None: not known."""
     latent_buffers: tuple[str, ...] = ()
     """Names of the buffers [d_sae, ...] that are spread over ranks where parameters are."""
+    resampled_encoder_scale: float = 0.2
+    """Norm of a resampled encoder row over the mean of the living ones (Bricken et al. 2023)."""
     per_latent: tuple[str, ...] = ("W_enc", "b_enc", "W_dec")
     """Names of the parameters and saved buffers that have a row for each latent."""
     mean_in: Tensor
@@ -217,7 +219,7 @@ class Autoencoder(nn.Module, ABC):
             loss = loss + terms["prefixes"]
         if self.knob.kind == "penalty":
             terms["sparsity"] = sums.penalty / num_rows
-            loss = loss + now.strength * terms["sparsity"]
+            loss = loss + now.strength * self.pressed(terms["sparsity"])
         for name, weight, total in zip(self.extra_terms, self._extra_weights(), sums.extras, strict=True):
             terms[name] = total / num_rows
             loss = loss + weight * terms[name]
@@ -231,6 +233,10 @@ class Autoencoder(nn.Module, ABC):
             terms[name] = selection.measures[name] if name in selection.measures else total / num_rows
         terms = {name: value.detach() for name, value in terms.items()}
         return Step(loss, terms, sums.y_hat_BD.detach(), sums.firings_F)
+
+    def pressed(self, sparsity: Tensor) -> Tensor:
+        """What the coefficient of the penalty multiplies, from the penalty's mean over rows."""
+        return sparsity
 
     @torch.no_grad()
     def evaluate(self, x_BD: Tensor, y_BD: Tensor, strength: float) -> Step:
@@ -368,7 +374,7 @@ class Autoencoder(nn.Module, ABC):
         """What is added to the decoded latents: b_dec, and the skip's product; [B, d_out] or [1, d_out]."""
         if self.W_skip is None:
             return self.b_dec[None]
-        return nn.functional.linear(x_BD - self.b_in, self.W_skip).float() + self.b_dec
+        return nn.functional.linear(x_BD - self.b_in, self.W_skip).to(self.b_dec.dtype) + self.b_dec
 
     def _extra_weights(self) -> tuple[float, ...]:
         """Weights of `extra_terms`."""

@@ -30,6 +30,7 @@ class BatchTopK(Autoencoder):
     """
 
     architecture = "batchtopk"
+    resampled_encoder_scale = 1.0  # latents compete for the k places: a short row never wins one
     measures = ("threshold",)
     threshold: Tensor
     """scalar fp32; below 0 until the first step has been taken"""

@@ -13,6 +13,7 @@ from sparsepilot.autoencoders.base import Common, weights_and_biases
 from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.autoencoders.penalised import Penalised
 from sparsepilot.autoencoders.step import Moment, Response
+from sparsepilot.errors import ConfigError
 from sparsepilot.ops.jump import jump, step
 from sparsepilot.parallel.shards import own, sum_over_parts
 
@@ -27,6 +28,8 @@ class JumpReLU(Penalised):
 
         step  H(pre_i - theta_i), i.e. the L0, with a narrow kernel: gradients reach thresholds only
               (Rajamanoharan et al. 2024; Adam betas (0, 0.999) for the thresholds)
+              With `target_l0` the penalty is (L0 / target_l0 - 1)^2 of the batch instead, in the form of its first two
+              terms around the L0 of the step before: a ratio of batch means, and yet the same on one rank and on many
         tanh  tanh(steepness * f_i ||W_dec[i]||) with a wide kernel whose gradient also reaches pre-activations
               (Conerly et al., Transformer Circuits, January 2025)
 
@@ -40,6 +43,10 @@ class JumpReLU(Penalised):
         bandwidth: None: 0.001 sqrt(d_in) for step, 2.0 for tanh.
         threshold_lr_scale: learning rate of the thresholds' logarithm over that of the rest.
         steepness: of tanh.
+        target_l0: set point of the quadratic penalty; None: the penalty is the L0 itself, for a controller to hold.
+
+    Raises:
+        ConfigError: `target_l0` with recipe tanh, whose penalty is no L0.
     """
 
     architecture = "jumprelu"
@@ -48,6 +55,8 @@ class JumpReLU(Penalised):
     last_log_threshold: Tensor
     """[F] before the last optimizer step"""
     coherence: Tensor
+    last_l0: Tensor
+    """scalar, with `target_l0` only: L0 of the step before; below 0 before the first"""
 
     def __init__(
         self,
@@ -59,10 +68,12 @@ class JumpReLU(Penalised):
         bandwidth: PositiveFloat | None = None,
         threshold_lr_scale: PositiveFloat = 10.0,
         steepness: PositiveFloat = 4.0,
+        target_l0: PositiveFloat | None = None,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(blocks, d_sae, **common)
         self.coefficient = coefficient
+        self.target_l0 = target_l0
         self.recipe = recipe
         self.unit_decoder = self.integrates = recipe == "step"
         narrow = 1e-3 * blocks.encoder_width**0.5
@@ -75,6 +86,17 @@ class JumpReLU(Penalised):
         self.log_threshold = torch.nn.Parameter(torch.full((self.shard.num_latents,), start).log())
         self.register_buffer("last_log_threshold", self.log_threshold.detach().clone())
         self.register_buffer("coherence", torch.zeros(()))
+        if target_l0 is not None:
+            if recipe != "step":
+                raise ConfigError(f"model.target_l0 = {target_l0:g}: the penalty of recipe={recipe} is no L0; use step")
+            self.register_buffer("last_l0", torch.tensor(-1.0))
+
+    def pressed(self, sparsity: Tensor) -> Tensor:
+        if self.target_l0 is None:
+            return sparsity
+        last_l0 = torch.where(self.last_l0 < 0, self.target_l0, self.last_l0)  # no pressure in the first step
+        excess = last_l0 / self.target_l0 - 1
+        return excess.square() + 2 * excess / self.target_l0 * (sparsity - last_l0)
 
     def thresholds(self) -> Tensor:
         return self.log_threshold.exp()
@@ -85,6 +107,8 @@ class JumpReLU(Penalised):
         sums = sum_over_parts(torch.stack([moved_F.sum(), moved_F.abs().sum()]), self.log_threshold)
         one_way, both_ways = self.shard.sum_(sums)
         self.coherence.copy_(one_way / both_ways.clamp_min(1e-30))
+        if self.target_l0 is not None:
+            self.last_l0.copy_(terms["sparsity"])
         self.forget_motion()
 
     @torch.no_grad()

@@ -83,15 +83,14 @@ class FixedPrefixes(Prefixes):
 class RandomPrefixes(Prefixes):
     """`count` prefixes drawn anew in each step, seeded by (seed, samples); the whole dictionary is always the last.
 
-    Their lengths are log-uniform between 1 and d_sae, and those that fall together count once. (Nabeshima's
-    matryoshka-saes draws from a density that falls with the square root of the length, and takes the mean over prefixes
-    instead of the sum.)
+    Their lengths are log-uniform between 1 and d_sae and all different, so that the sum over them has one scale in all
+    steps. (Nabeshima's matryoshka-saes takes the mean over prefixes instead of the sum, and another density.)
 
     >>> prefixes = RandomPrefixes(3)
     >>> prefixes.ends(1024, seed=0, samples=512) == prefixes.ends(1024, seed=0, samples=512)
     True
-    >>> prefixes.ends(1024, seed=0, samples=512)[-1]
-    1024
+    >>> len(prefixes.ends(1024, seed=0, samples=512)), prefixes.ends(1024, seed=0, samples=512)[-1]
+    (3, 1024)
     """
 
     def __init__(self, count: PositiveInt = 5) -> None:
@@ -99,5 +98,7 @@ class RandomPrefixes(Prefixes):
 
     def ends(self, d_sae: int, seed: int, samples: int) -> list[int]:
         make = generator_at(seed, samples)
-        drawn = d_sae ** torch.rand(self.count - 1, generator=make, dtype=torch.float64)
-        return sorted({int(n) for n in drawn.round().clamp(1, d_sae)} | {d_sae})
+        ends = {d_sae}
+        while len(ends) < min(self.count, d_sae):
+            ends.add(round(d_sae ** float(torch.rand((), generator=make, dtype=torch.float64))))
+        return sorted(ends)

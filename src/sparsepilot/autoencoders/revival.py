@@ -99,7 +99,7 @@ class AuxK(Revival):
                 top = topk_plain(pre_BA, min(k, ids_A.numel()))
                 (kept_BK,) = among_all(top, [k], model.shard)
                 pre_BA = torch.zeros_like(pre_BA).scatter(1, top.ids_BK, top.values_BK * kept_BK)
-            return losses.squared_error(e_BD, model.shard.sum((pre_BA @ W_dec_AD).float()))
+            return losses.squared_error(e_BD, model.shard.sum((pre_BA @ W_dec_AD).to(e_BD.dtype)))
 
         return _over_row_tiles(tile, num_dead, x_BD, e_BD)
 
@@ -139,14 +139,15 @@ class Resample(Revival):
         every_samples: the clock's distance from one resampling to the next; None: the window after which a silent
             latent counts as dead.
         until: share of the budget after which no latent is resampled any more, so that all have time to settle.
-        encoder_scale: norm of a new encoder row as a share of the mean norm of the living ones.
+        encoder_scale: norm of a new encoder row as a share of the mean norm of the living ones; None: as suits the
+            architecture, 0.2 (the source's) under a penalty and 1 where latents compete for k places.
     """
 
     def __init__(
         self,
         every_samples: PositiveInt | None = None,
         until: Annotated[float, Field(gt=0, le=1)] = 0.75,
-        encoder_scale: PositiveFloat = 0.2,
+        encoder_scale: PositiveFloat | None = None,
     ) -> None:
         self.every_samples = every_samples
         self.until = until

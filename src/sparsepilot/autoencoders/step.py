@@ -17,6 +17,8 @@ class Knob(NamedTuple):
     initial: float
     low: float
     high: float
+    own_l0: float | None = None
+    """L0 that the loss itself aims at, where it does: nothing else may steer L0 then"""
 
 
 class Moment(NamedTuple):

@@ -35,6 +35,7 @@ class TopK(Autoencoder):
     """
 
     architecture = "topk"
+    resampled_encoder_scale = 1.0  # latents compete for the k places: a short row never wins one
 
     def __init__(
         self,

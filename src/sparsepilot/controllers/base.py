@@ -28,6 +28,8 @@ class Plant(NamedTuple):
     """whether L0 goes on moving for as long as the penalty is off its balance, instead of following it after a lag"""
     slew: Callable[[int], float] | None = None
     """clock -> how fast ln L0 can fall there at most, in nats per sample; None: no limit is known"""
+    own_l0: float | None = None
+    """the L0 that the loss itself aims at, where it does"""
 
 
 class Measured(NamedTuple):

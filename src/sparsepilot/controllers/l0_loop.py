@@ -116,6 +116,11 @@ class L0Loop:
         """Before training; `set_point` is where a k starts.
 
         Raises ConfigError where the knob cannot start there."""
+        if plant.own_l0 is not None:
+            raise ConfigError(
+                f"model.target_l0 = {plant.own_l0:g}: the loss holds that L0 by itself; use controller=constant or "
+                "ramp with it, or leave it out and let the controller hold controller.target_l0"
+            )
         self.plant = plant
         self.strength = set_point
         low, high = plant.low, plant.high

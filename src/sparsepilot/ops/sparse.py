@@ -115,12 +115,12 @@ def encode_at(
 
 
 def encode_plain(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_in_D: Tensor, readers: int = 1) -> Tensor:
-    """The dense twin of `encode_at`: all pre-activations, [B, F]."""
+    """The dense twin of `encode_at`: all pre-activations, [B, F], in the parameters' dtype under autocast, too."""
     if readers == 1:
-        return F.linear(x_BD - b_in_D, W_enc_FD).float() + b_enc_F
+        return F.linear(x_BD - b_in_D, W_enc_FD).to(b_enc_F.dtype) + b_enc_F
     x_BLD = (x_BD - b_in_D).view(x_BD.shape[0], readers, -1)
     W_LfD = W_enc_FD.view(readers, -1, W_enc_FD.shape[1])
-    return torch.einsum("bld,lfd->blf", x_BLD, W_LfD).reshape(x_BD.shape[0], -1).float() + b_enc_F
+    return torch.einsum("bld,lfd->blf", x_BLD, W_LfD).reshape(x_BD.shape[0], -1).to(b_enc_F.dtype) + b_enc_F
 
 
 class _DecodeAt(torch.autograd.Function):
@@ -152,7 +152,7 @@ def decode_at(codes_P: Tensor, W_dec_FD: Tensor, active: ActiveSet) -> Tensor:
 
 def decode_plain(codes_BF: Tensor, W_dec_FD: Tensor) -> Tensor:
     """The dense twin of `decode_at`: the whole product of dense codes."""
-    return (codes_BF @ W_dec_FD).float()
+    return (codes_BF @ W_dec_FD).to(W_dec_FD.dtype)
 
 
 class _AtPairs(torch.autograd.Function):

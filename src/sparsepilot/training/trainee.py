@@ -117,7 +117,7 @@ class Trainee(nn.Module):
         known = lr_at is not None and nats_per_lr is not None
         return Plant(
             knob.kind, knob.initial, knob.low, knob.high, self.autoencoder.d_sae, self.batch, self.total_samples,
-            self.autoencoder.integrates, slew if known else None,
+            self.autoencoder.integrates, slew if known else None, knob.own_l0,
         )  # fmt: skip
 
     def forward(self, x_BD: Tensor, samples: int) -> Tensor:
@@ -259,7 +259,7 @@ class Trainee(nn.Module):
         xc_BD, yc_BD = (torch.cat(side)[order_B] for side in zip(*rows, strict=True))
         resample(
             self.autoencoder, ids_A, xc_BD, yc_BD, torch.cat(sq_errors)[order_B],
-            revival.encoder_scale, self.seed, samples, optimizer,
+            revival.encoder_scale or self.autoencoder.resampled_encoder_scale, self.seed, samples, optimizer,
         )  # fmt: skip
 
     @torch.no_grad()

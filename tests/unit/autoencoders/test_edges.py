@@ -4,6 +4,7 @@ inputs of a huge norm."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,11 @@ from sparsepilot.ops.product import EncoderProduct, Workspace
 from sparsepilot.ops.select import density_above
 from sparsepilot.optimizers.muon import MuonWithAdam
 
-PATHS = {"sparse": 1.0, "dense": 0.0}
+PATHS: dict[str, dict[str, Any]] = {
+    "sparse": {"dense_above": 1.0, "half_product": False},
+    "sparse, found by half precision": {"dense_above": 1.0, "half_product": True},
+    "dense": {"dense_above": 0.0},
+}
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 paths = pytest.mark.parametrize("path", PATHS)
 
@@ -49,7 +54,7 @@ def run(model: Autoencoder, x_BD: Tensor, y_BD: Tensor, dead: Tensor | None = No
 def test_what_is_not_a_number_reaches_the_loss(architecture: str, path: str) -> None:
     """Where it vanished (no comparison with it is true), a broken parameter would train on as a latent that is off."""
     for where in ("row", "W_enc"):
-        model = make(architecture, "transcoder", dense_above=PATHS[path])
+        model = make(architecture, "transcoder", **PATHS[path])
         x_BD, y_BD = rows(model)
         with torch.no_grad():
             (x_BD if where == "row" else model.W_enc)[5] = math.nan
@@ -61,7 +66,7 @@ def test_what_is_not_a_number_reaches_the_loss(architecture: str, path: str) -> 
 @architectures
 def test_nothing_active(architecture: str, path: str) -> None:
     """First on one row, then on all: y_hat is b_dec there, and the dead are still reached."""
-    options = {"dense_above": PATHS[path], "prefixes": FixedPrefixes([0.5])}
+    options = {**PATHS[path], "prefixes": FixedPrefixes([0.5])}
     model = make(architecture, "autoencoder", **options)
     x_BD, _ = rows(model)
     x_BD[7] = model.b_dec.detach()  # its pre-activations are b_enc
@@ -92,7 +97,7 @@ def test_nothing_active(architecture: str, path: str) -> None:
 @pytest.mark.parametrize("blocks", ["autoencoder", "transcoder-skip", "cross-layer"])
 @architectures
 def test_one_row(architecture: str, blocks: str, path: str) -> None:
-    model = make(architecture, blocks, dense_above=PATHS[path], revival=AuxK(3), prefixes=FixedPrefixes([0.3]))
+    model = make(architecture, blocks, **PATHS[path], revival=AuxK(3), prefixes=FixedPrefixes([0.3]))
     x_BD, y_BD = rows(model, num_rows=1)
     strength = float(int(model.knob.initial)) if model.knob.kind == "k" else model.knob.initial
     one = run(model, x_BD, y_BD, dead_ids(20), strength=strength)
@@ -104,7 +109,7 @@ def test_one_row(architecture: str, blocks: str, path: str) -> None:
 @pytest.mark.parametrize("scale", [1e4, 0.0])
 @architectures
 def test_inputs_of_a_huge_norm_and_of_none(architecture: str, scale: float, path: str) -> None:
-    model = make(architecture, "autoencoder", dense_above=PATHS[path], revival=AuxK(3))
+    model = make(architecture, "autoencoder", **PATHS[path], revival=AuxK(3))
     x_BD, _ = rows(model)
     run(model, scale * x_BD, scale * x_BD, dead_ids(20))
     x_BD[3] *= 1e4  # one token of a huge norm, as at the start of a text
@@ -148,7 +153,7 @@ def test_bf16_autocast(architecture: str, blocks: str) -> None:
 @architectures
 def test_forward_twice_changes_nothing(architecture: str, path: str) -> None:
     """Field notes, mistake 4: a second look at the loss advanced counters and averages. Only `close_step` may."""
-    model = make(architecture, "autoencoder", dense_above=PATHS[path], revival=AuxK(3))
+    model = make(architecture, "autoencoder", **PATHS[path], revival=AuxK(3))
     x_BD, y_BD = rows(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     first = model(x_BD, y_BD, moment(model, dead_ids(20)))
@@ -201,7 +206,7 @@ def test_latents_must_share_out_over_the_layers() -> None:
 
 @paths
 def test_batchtopk_before_its_first_step_has_codes_above_zero_only(path: str) -> None:
-    model = make("batchtopk", "autoencoder", dense_above=PATHS[path])
+    model = make("batchtopk", "autoencoder", **PATHS[path])
     assert isinstance(model, BatchTopK)
     x_BD, y_BD = rows(model)
     assert float(model.encode(x_BD).detach().min()) == 0

@@ -57,11 +57,13 @@ def assert_equal_steps(found: list[tuple[Autoencoder, Step]]) -> None:
         assert_same(gradient, theirs_by_name[name], f"gradient of {name}", 2e-5)
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("prefixes", PREFIXES)
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_shape(monkeypatch, architecture: str, blocks: str, prefixes: str) -> None:
-    assert_equal_steps(both_paths(architecture, blocks, monkeypatch, prefixes=PREFIXES[prefixes]))
+def test_every_shape(monkeypatch, architecture: str, blocks: str, prefixes: str, half: bool) -> None:
+    """Whether active latents are found by half-precision products or not, which depends on the hardware."""
+    assert_equal_steps(both_paths(architecture, blocks, monkeypatch, prefixes=PREFIXES[prefixes], half_product=half))
 
 
 @pytest.mark.parametrize("revival", REVIVALS)
@@ -127,6 +129,38 @@ def test_cross_layer_latents_read_one_site_and_write_it_and_those_after() -> Non
     model.project_gradients()
     assert model.W_dec.grad is not None
     assert not model.W_dec.grad[64:, :10].any()
+
+
+@pytest.mark.parametrize("blocks", ["autoencoder", "cross-layer"])
+def test_gradcheck_of_multi_topk_in_float64(blocks: str) -> None:
+    """The choice stays what it is within gradcheck's steps, so the gradient is the true derivative."""
+    model = make("topk-multi", blocks, dense_above=1.0).double()
+    x_BD, y_BD = (side[:6].double() for side in rows(model))
+    names, values = zip(*model.named_parameters(), strict=True)
+
+    def loss(*parameters: torch.Tensor) -> torch.Tensor:
+        step: Step = torch.func.functional_call(
+            model, dict(zip(names, parameters, strict=True)), (x_BD, y_BD, moment(model))
+        )
+        return step.loss
+
+    assert torch.autograd.gradcheck(loss, values, fast_mode=True)
+
+
+@pytest.mark.parametrize("aux_k", [3, 60, 80])
+def test_gradcheck_of_aux_k_in_float64(aux_k: int) -> None:
+    """Of a given residual: the step detaches its own. Sparse (3), dense (60), all dead latents (80)."""
+    how = AuxK(aux_k)
+    model = make("topk", "transcoder", dense_above=0.1, revival=how).double()
+    x_BD, y_BD = (side[:6].double() for side in rows(model))
+    now = moment(model, dead_ids(80))
+    names = ("W_enc", "b_enc", "W_dec")
+
+    def term(*parameters: torch.Tensor) -> torch.Tensor:
+        with torch.nn.utils.stateless._reparametrize_module(model, dict(zip(names, parameters, strict=True))):
+            return how.term(model, x_BD, y_BD, now, 80)
+
+    assert torch.autograd.gradcheck(term, tuple(getattr(model, name) for name in names), fast_mode=True)
 
 
 def test_below_the_density_no_dense_product_is_differentiated(monkeypatch) -> None:

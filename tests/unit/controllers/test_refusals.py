@@ -55,6 +55,13 @@ PENALTY, FVU = ("model=relu",), ("controller=constrained", "controller.quality=f
             (*PENALTY, "controller=l0_target", "controller.initial_strength=1e-7"),
             "controller.initial_strength = 1e-07: should lie between 1e-06 and 1e+06",
         ),
+        *[
+            (
+                ("model=jumprelu", "model.target_l0=8", *controller),
+                "model.target_l0 = 8: the loss holds that L0 by itself; use controller=constant or ramp",
+            )
+            for controller in (("controller=l0_target",), FVU, ("controller=pareto", "controller.targets=[8,4]"))
+        ],
         ((*PENALTY, "controller=l0_target", "model.coefficient=0"), "model.coefficient = 0: should lie between"),
         (
             ("controller=l0_target", "controller.lowest=2", "controller.highest=1"),

@@ -50,11 +50,7 @@ def both(
     pre_P = encode_at(x_BD, W_enc_FD, b_enc_F, b_in_D, pre_BF.detach()[rows_P, ids_P], active, readers)
     y_BD = decode_at(pre_P.relu(), W_dec_FD, active)
     fast = (y_BD - target_BD).square().sum() + (pre_P.pow(3) * at_pairs(norms_F, active)).sum()
-    plain_BD = (
-        decode_plain(pre_BF.relu() * keep_BF, W_dec_FD)
-        if x_BD.dtype == torch.float32
-        else ((pre_BF.relu() * keep_BF) @ W_dec_FD)
-    )
+    plain_BD = decode_plain(pre_BF.relu() * keep_BF, W_dec_FD)
     plain = (plain_BD - target_BD).square().sum() + (pre_BF.pow(3) * norms_F * keep_BF).sum()
     return (fast, y_BD), (plain, plain_BD)
 

@@ -74,6 +74,16 @@ def test_a_run_logs_what_readings_promises(train_tiny, tmp_path: Path, name: str
         assert all(row["frontier/l0"] == row["val/l0"] and row["frontier/fvu"] == row["val/fvu"] for row in frontier)
 
 
+@pytest.mark.parametrize("target", [3, 8])
+def test_a_target_in_the_loss_is_where_a_run_ends(train_tiny, tmp_path: Path, target: int) -> None:
+    """Open loop, from an L0 of 32: JumpReLU's own quadratic penalty."""
+    train_tiny(
+        "model=jumprelu", f"model.target_l0={target}", "model.coefficient=30", "samples=51200", "optimizer.lr=5e-3"
+    )
+    *_, last = (row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "val/l0" in row)
+    assert last["val/l0"] == pytest.approx(target, rel=0.1)
+
+
 BREAKS = {
     "l0_target jumprelu, disturbed": (
         "model=jumprelu", *CLOSED["l0_target"],

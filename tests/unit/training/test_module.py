@@ -89,6 +89,25 @@ def test_accumulation_equals_one_big_batch(train_tiny, tmp_path: Path) -> None:
         assert a.get("train/dead_latents") == b.get("train/dead_latents")
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        ("model=jumprelu", "model.target_l0=6", "model.coefficient=10"),
+        ("model=gated",),
+        ("model=relu", "model.penalty=tanh"),
+    ],
+    ids=["jumprelu, target", "gated", "relu, tanh"],
+)
+def test_accumulation_changes_no_penalty(train_tiny, tmp_path: Path, model: tuple[str, ...]) -> None:
+    options = (*model, "samples=12800", "callbacks.log_every_steps=1")
+    train_tiny(f"run_dir={tmp_path}/whole", *options)
+    train_tiny(f"run_dir={tmp_path}/parts", "accumulate=4", *options)
+    for a, b in zip(rows_of(tmp_path / "whole"), rows_of(tmp_path / "parts"), strict=True):
+        for key in ("train/loss", "train/fvu", "train/l0", "train/loss_sparsity", "val/fvu"):
+            if key in a:
+                assert a[key] == pytest.approx(b[key], rel=1e-5), (key, a["step"])
+
+
 def test_the_controller_sees_the_step_before_once_per_optimizer_step(train_tiny, tmp_path, monkeypatch) -> None:
     from sparsepilot.controllers.base import Measured
     from sparsepilot.controllers.constant import Constant
