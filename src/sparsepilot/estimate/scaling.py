@@ -42,7 +42,7 @@ For each width of the activations, number of latents and number of GPUs, {per_ma
 GPU and the bytes that it sends in an optimizer step. TopK, k {k}, a batch of {batch:,} rows over all GPUs, fp32
 parameters with Adam, {dead:.0%} of the latents dead for AuxK, no accumulation. **Bold** is the trainer to use: of
 those that come to at most {room:.0%} of an {title}'s {memory:.0f} GB, the one that sends least. (In brackets: does
-not fit.)
+not fit.) A line without one needs the GPUs of a line below it.
 
 | trainer | a GPU holds | and sends in a step |
 |---|---|---|
