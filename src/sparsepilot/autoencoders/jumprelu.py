@@ -27,7 +27,8 @@ class JumpReLU(Penalised):
     loss = ||y - y_hat||^2 + coefficient * sum_i penalty_i
 
         step  H(pre_i - theta_i), i.e. the L0, with a narrow kernel: gradients reach thresholds only
-              (Rajamanoharan et al. 2024; Adam betas (0, 0.999) for the thresholds)
+              (Rajamanoharan et al. 2024; Adam betas (0, 0.999) for the thresholds, the paper's for all parameters:
+              optimizer.betas=[0,0.999])
               With `target_l0` the penalty is (L0 / target_l0 - 1)^2 of the batch instead, in the form of its first two
               terms around the L0 of the step before: a ratio of batch means, and yet the same on one rank and on many
         tanh  tanh(steepness * f_i ||W_dec[i]||) with a wide kernel whose gradient also reaches pre-activations
