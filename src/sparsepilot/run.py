@@ -41,6 +41,7 @@ from sparsepilot.config.resume import differences
 from sparsepilot.config.signature import takes
 from sparsepilot.config.trainees import each_alone, naming
 from sparsepilot.controllers.base import Controller
+from sparsepilot.controllers.closed_loop import refuse_without_held_out
 from sparsepilot.data.datamodule import RunData
 from sparsepilot.data.files import one_at_a_time
 from sparsepilot.errors import ConfigError
@@ -101,7 +102,8 @@ def _train(cfg: DictConfig, console: Console | None) -> dict[str, Any]:
         data.start_sample = claimed.samples
         module = build_module(cfg, data)
         _begin_from(origins, module, cfg, console)
-        _say_stretched_schedule(cfg, claimed, console)
+        _say_stretched(cfg, module, claimed, console)
+        _say_notes(cfg, module, console)
         wanted = plain(cfg)["logger"].get("wandb") if claimed.writes else None
         wandb = WandbCopy(folder, wanted, lambda text: console.print(text, highlight=False))
         several = list(cfg.trainees or ())
@@ -210,18 +212,32 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
 
 
-def _say_stretched_schedule(cfg: DictConfig, claimed: Claim, console: Console) -> None:
-    """Says where a longer budget, which stretches a schedule that ends with it, moves the learning rate."""
+def _say_stretched(cfg: DictConfig, module: TrainingModule, claimed: Claim, console: Console) -> None:
+    """Says where a longer budget, which stretches what is given in shares of it, moves the learning rate and what a
+    controller has planned."""
     for change in claimed.changes:
-        if change.field == "samples":
-            schedule = instantiate(cfg.schedule, _convert_="all")
-            was, now = (schedule(claimed.samples, _whole_batches(s, cfg.batch)) for s in (change.was, change.now))
+        if change.field != "samples":
+            continue
+        budgets = [_whole_batches(samples, cfg.batch) for samples in (change.was, change.now)]
+        schedule = instantiate(cfg.schedule, _convert_="all")
+        ways = {"the schedule": ("the learning rate", schedule)}
+        for name, trainee in module.trainees.items():
+            whose = f"trainees.{name}.controller" if cfg.trainees else "controller"
+            ways[whose] = ("what it has planned", cast(Trainee, trainee).controller.planned)
+        for whose, (what, at) in ways.items():
+            was, now = (at(claimed.samples, budget) for budget in budgets)
             if was != now:
                 console.print(
-                    f"  the schedule now ends with the longer budget: the learning rate here goes from {was:.3g} to "
-                    f"{now:.3g}",
+                    f"  {whose} now ends with the longer budget: {what} here goes from {was:.3g} to {now:.3g}",
                     highlight=False,
                 )
+
+
+def _say_notes(cfg: DictConfig, module: TrainingModule, console: Console) -> None:
+    """What controllers have to say of their settings."""
+    for name, trainee in module.trainees.items():
+        for note in cast(Trainee, trainee).controller.notes():
+            console.print(f"  {f'trainees.{name}.' if cfg.trainees else ''}{note}", highlight=False)
 
 
 # ---------------------------------------------------------------------------------------------------- building
@@ -271,6 +287,7 @@ def build_module(cfg: DictConfig, data: RunData) -> TrainingModule:
             torch.manual_seed(alone.seed)
             schedules[name] = instantiate(alone.schedule, _convert_="all")
             trainee = trainees[name] = build_trainee(alone, data, schedules[name])
+            refuse_without_held_out(trainee.controller, data.cache.num_val_rows)
             cross_entropy = build_cross_entropy(alone, data, trainee.sites, measurements)
             planted_TD = data.cache.planted_features()
             validations[name] = Validation(trainee, data.cache.num_train_rows, planted_TD, cross_entropy)

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsepilot.autoencoders.base import Common, weights_and_biases
 from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.autoencoders.penalised import Penalised
-from sparsepilot.autoencoders.step import Moment, Response
+from sparsepilot.autoencoders.step import Knob, Moment, Response
 from sparsepilot.errors import ConfigError
 from sparsepilot.ops.jump import jump, step
 from sparsepilot.parallel.shards import own, sum_over_parts
@@ -91,6 +91,14 @@ class JumpReLU(Penalised):
             if recipe != "step":
                 raise ConfigError(f"model.target_l0 = {target_l0:g}: the penalty of recipe={recipe} is no L0; use step")
             self.register_buffer("last_l0", torch.tensor(-1.0))
+
+    @property
+    def knob(self) -> Knob:
+        if self.target_l0 is None:
+            return super().knob
+        return super().knob._replace(
+            steered_by=f"model.target_l0 = {self.target_l0:g}: the loss holds that L0 by itself"
+        )
 
     def pressed(self, sparsity: Tensor) -> Tensor:
         if self.target_l0 is None:

@@ -20,13 +20,11 @@ class Penalised(Autoencoder):
     """Touches the pairs whose pre-activation is above `bounds()`; everything below gives and takes no gradient."""
 
     coefficient: float
-    target_l0: float | None = None
-    """L0 that the loss itself aims at, where an architecture has such a form of its penalty"""
     slew_nats_per_lr = 150.0  # measured with a coefficient of 1e6: 130 to 270 (docs/log.md, 2026-11-22)
 
     @property
     def knob(self) -> Knob:
-        return Knob("penalty", self.coefficient, low=0.0, high=LARGEST_COEFFICIENT, own_l0=self.target_l0)
+        return Knob("penalty", initial=self.coefficient, low=0.0, high=LARGEST_COEFFICIENT)
 
     def bounds(self, now: Moment) -> Tensor | None:
         """[F] pre-activations below which a pair can be left out; None: 0 for all."""

@@ -17,8 +17,8 @@ class Knob(NamedTuple):
     initial: float
     low: float
     high: float
-    own_l0: float | None = None
-    """L0 that the loss itself aims at, where it does: nothing else may steer L0 then"""
+    steered_by: str | None = None
+    """what of the model's own steers L0 already, where something does: no closed loop may then"""
 
 
 class Moment(NamedTuple):

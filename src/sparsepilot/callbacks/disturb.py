@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import lightning as L
 import torch
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 
 from sparsepilot.callbacks.steps import ended_optimizer_step
 from sparsepilot.training.module import Schedule, TrainingModule
+from sparsepilot.training.trainee import Trainee
+from sparsepilot.training.validation import Validation
 
 LR_FOR = 0.01
 """Share of the budget."""
@@ -43,6 +45,13 @@ class Disturb(L.Callback):
         if module.samples >= self.at:
             self._scale_data(module)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Where it was is where it stays: with a longer budget the share would be another place."""
+        self.at = state_dict["at"]
+
     def _disturbed(self, undisturbed: Schedule) -> Schedule:
         def schedule(samples: int, total_samples: int) -> float:
             for_now = self.at <= samples < self.at + LR_FOR * total_samples
@@ -64,13 +73,16 @@ class Disturb(L.Callback):
         self._scale_data(module)
 
     def _scale_data(self, module: TrainingModule) -> None:
-        for _, trainee in module.each():
+        for name, trainee in module.trainees.items():
+            trainee = cast(Trainee, trainee)
             trainee.scale_in.mul_(self.data_scale)
             trainee.scale_out.mul_(self.data_scale)
+            trainee.mean_out.mul_(self.data_scale)  # FVU stays about the mean of the data
+            cast(Validation, module.validations[name]).fvu.mean_D.mul_(self.data_scale)
 
 
 def disturbance(
-    at: PositiveFloat,
+    at: Annotated[float, Field(gt=0, lt=1)],
     thresholds: float = 0.0,
     strength: PositiveFloat = 1.0,
     data_scale: PositiveFloat = 1.0,

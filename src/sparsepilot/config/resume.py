@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sparsepilot.errors import ConfigError
 
 FREE = ("trainer", "logger", "callbacks", "threads", "run_dir", "resume", "check", "report", "accumulate", "lm", "text",
         "data.path", "data.prefetch_batches", "data.val_batch", "data.build", "data.lm_device", "compile",
-        "cross_entropy.batch_contexts", "cross_entropy.kl", "model.half_product", "model.dense_above",
+        "cross_entropy.kl", "model.half_product", "model.dense_above",
         "model.tile_latents")  # fmt: skip
 """Fields that leave the order of samples and the loss alone, if not always the last bits of a sum (a resume says so). A
 moved `data.path` is held to its fingerprint. The rest of `cross_entropy` is not free: a controller may act on what it
-measures."""
+measures, and which contexts it measures often hangs on how many make a batch."""
+PINNED = ("callbacks.disturb", "lm.dtype")
+"""Fields among those that are another run after all."""
 
 
 class Change(NamedTuple):
@@ -49,7 +51,11 @@ def _is_allowed(change: Change) -> bool:
     if change.field == "samples":
         return bool(change.now >= change.was)
     field = re.sub(r"^trainees\.[^.]+\.", "", change.field)
-    return any(field == name or field.startswith(name + ".") for name in FREE)
+    return _is_among(field, FREE) and not _is_among(field, PINNED)
+
+
+def _is_among(field: str, names: Sequence[str]) -> bool:
+    return any(field == name or field.startswith(name + ".") for name in names)
 
 
 def differences(was: Any, now: Any, prefix: str = "") -> Iterator[Change]:

@@ -28,8 +28,8 @@ class Plant(NamedTuple):
     """whether L0 goes on moving for as long as the penalty is off its balance, instead of following it after a lag"""
     slew: Callable[[int], float] | None = None
     """clock -> how fast ln L0 can fall there at most, in nats per sample; None: no limit is known"""
-    own_l0: float | None = None
-    """the L0 that the loss itself aims at, where it does"""
+    steered_by: str | None = None
+    """what of the model's own steers L0 already, where something does"""
 
 
 class Measured(NamedTuple):
@@ -73,6 +73,15 @@ class Controller(ABC):
         Returns:
             The knob value for the next step, also in `strength`.
         """
+
+    def planned(self, samples: int, total_samples: int) -> float | None:
+        """What is planned in shares of the budget, at the clock `samples` of a budget: a set point, or the knob itself.
+        None where nothing is."""
+        return None
+
+    def notes(self) -> list[str]:
+        """What a user should know of these settings before training; called after `bind`."""
+        return []
 
     def observe(self, row: Mapping[str, object], samples: int) -> dict[str, float]:
         """A row of held-out figures (`val/l0`, `val/fvu`, `val/ce`, ...); returns what it adds to that row."""

@@ -19,6 +19,8 @@ WAITING = 1e-3
 """Strength while waiting, as a share of the model's coefficient."""
 FARTHEST = 1.0
 """Nats that the set point may be away from the L0 that there is."""
+FARTHEST_AT_ONCE = 0.5
+"""Nats by which one measurement may move it: measured seldom, the loop would swing from too dense to too sparse."""
 DEFAULT_FVU = 0.1
 HOPELESS_AFTER = 0.125
 """Share of the budget, after waiting, in which the target must have been met once."""
@@ -40,13 +42,14 @@ class Constrained(ClosedLoop):
             (cross_entropy=spliced, best measured often) `ce`, its cross-entropy in nats per token, `ce_increase`, the
             same above the clean model's, or `ce_gap`, that increase as a share of the mean-ablated model's.
         target: what it may be at most; None: 0.1 for `fvu`, and not to be left out for the others.
-        wait: share of the budget for which a penalty stays near 0, a k where it starts.
+        wait: share of the budget for which a penalty stays near 0, a k where it starts. After it a penalty goes on from
+            there, or from `initial_strength` where one is given.
         climb: nats of ln L0* per 1% of the budget, towards sparser.
         recover: the same, towards denser.
         loop: settings of the inner loop.
     """
 
-    own_state = ("strength", "_set_point", "_value", "_wanted", "_moved_at", "_best", "_said")
+    own_state = ("strength", "_set_point", "_value", "_wanted", "_moved_at", "_best", "_said", "_begin")
 
     def __init__(
         self,
@@ -82,13 +85,17 @@ class Constrained(ClosedLoop):
         self._value: float | None = None
         self._wanted: float | None = self.target if self.quality in ("fvu", "ce") else None
         self._moved_at = 0
+        self._begin: float | None = None  # once the wait is over, it is over under a longer budget, too
         self._best: float | None = None
         self._said = False
 
     def update(self, measured: Measured | None, samples: int) -> float:
         if measured is None or not measured.tells:
             return self.strength
-        waiting = samples < self.wait * self.plant.total_samples
+        ends = self._begin is None and samples >= self.wait * self.plant.total_samples
+        if ends:
+            self._begin = self.wait * self.plant.total_samples
+        waiting = self._begin is None
         if self.quality == "fvu" and math.isfinite(measured.fvu):
             over = self.loop.lag
             self._value = average(self._value, measured.fvu, keep_of(self.plant.batch, over))
@@ -99,6 +106,9 @@ class Constrained(ClosedLoop):
             self._rest()
         else:
             self.strength = self.loop.step(measured, self._set_point, self._set_point)
+        if ends and self.plant.kind == "penalty" and self.loop.initial_strength:
+            self.loop.put(self.loop.initial_strength)
+            self.strength = self.loop.strength
         return self.strength
 
     def _rest(self) -> None:
@@ -117,7 +127,8 @@ class Constrained(ClosedLoop):
             self._value = ce
             allowed = self._target() - clean
             if allowed <= 0:
-                self._warn(f"lies below the clean model's own {clean:.4g}")
+                best = ce if self._best is None else min(self._best, ce)
+                self._warn(f"lies below the clean model's own {clean:.4g}; the best value seen is {best:.4g}")
             # an increase of 0 or less has no logarithm: it is as good as can be
             self._measured(math.log(max(ce - clean, 1e-12) / allowed) if allowed > 0 else 1.0, ce, samples)
         return {}
@@ -130,7 +141,7 @@ class Constrained(ClosedLoop):
         """A new measurement: moves the set point by the samples since the last one."""
         total = self.plant.total_samples
         self._best = value if self._best is None else min(self._best, value)
-        begin = self.wait * total
+        begin = self.wait * total if self._begin is None else self._begin
         if self._best > self._target() and samples > begin + HOPELESS_AFTER * total:
             self._warn(f"is not met by any L0 so far; the best value seen is {self._best:.4g}")
         passed = max(0.0, samples - max(self._moved_at, begin))
@@ -139,7 +150,7 @@ class Constrained(ClosedLoop):
             return
         v = clamp(violation, -1.0, 1.0)
         rate = (self.recover if v > 0 else self.climb) / (0.01 * total)
-        wanted = math.log(self._set_point) + rate * v * passed
+        wanted = math.log(self._set_point) + clamp(rate * passed, 0.0, FARTHEST_AT_ONCE) * v
         if self.loop.l0:
             here = math.log(max(self.loop.l0, FEWEST))
             wanted = clamp(wanted, here - FARTHEST, here + FARTHEST)

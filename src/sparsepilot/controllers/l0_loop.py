@@ -116,10 +116,9 @@ class L0Loop:
         """Before training; `set_point` is where a k starts.
 
         Raises ConfigError where the knob cannot start there."""
-        if plant.own_l0 is not None:
+        if plant.steered_by is not None:
             raise ConfigError(
-                f"model.target_l0 = {plant.own_l0:g}: the loss holds that L0 by itself; use controller=constant or "
-                "ramp with it, or leave it out and let the controller hold controller.target_l0"
+                f"{plant.steered_by}; use controller=constant with it, or leave it out and let the controller steer"
             )
         self.plant = plant
         self.strength = set_point
@@ -265,7 +264,14 @@ class L0Loop:
         self.strength = math.exp(u)
 
     def disturb(self, factor: float) -> None:
-        """Multiplies a penalty's strength, from outside."""
+        """Multiplies the knob, from outside: a penalty's strength; or the k in use, until validations have told the
+        loop."""
+        if factor == 1.0:
+            return
+        if self.plant.kind == "k":
+            self._log_ratio -= math.log(factor)
+            self.strength = clamp(self.strength * factor, self._low, self._high)
+            return
         u = clamp(self._pi.output + math.log(factor), self._gains.low, self._gains.high)
         self._pi = self._pi._replace(
             output=u, integral=clamp(self._pi.integral + math.log(factor), self._gains.low, self._gains.high)

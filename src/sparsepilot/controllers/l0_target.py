@@ -71,6 +71,9 @@ class L0Target(ClosedLoop):
         follows = self._given is None and self.plant.kind == "penalty"
         return float(self.plant.d_sae) if follows else set_point(breakpoints, 0.0)
 
+    def planned(self, samples: int, total_samples: int) -> float | None:
+        return None if self._given is None else set_point(self._given, samples / total_samples)
+
     def update(self, measured: Measured | None, samples: int) -> float:
         if measured is not None and measured.tells:
             was = self._set_point

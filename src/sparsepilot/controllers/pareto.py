@@ -35,6 +35,7 @@ class Pareto(ClosedLoop):
         loop: settings of the inner loop.
     """
 
+    needs_held_out = True
     own_state = ("strength", "_at", "_since", "_settled_since", "_asked", "_set_point", "_mean_error")
 
     def __init__(
@@ -59,6 +60,16 @@ class Pareto(ClosedLoop):
             check_breakpoints("controller.targets", [(0.0, target)], lowest_l0(plant), plant.d_sae)
         self.loop.bind(plant, self.targets[0])
         self.strength = self.loop.strength
+
+    def notes(self) -> list[str]:
+        plant, least = self.plant, 2 * SETTLED_OVER * self.loop.lag
+        held = (1 - self.travel) * plant.total_samples / len(self.targets)
+        if held >= least:
+            return []
+        return [
+            f"controller.targets: each is held for {held / plant.batch:.0f} steps; to be told from one that does not "
+            f"settle it needs about {least / plant.batch:.0f}: give more samples or a smaller batch"
+        ]
 
     @property
     def _last(self) -> bool:

@@ -56,13 +56,12 @@ class Ramp(Controller):
     def bind(self, plant: Plant) -> None:
         self.end = float(plant.initial if self._wanted is None else self._wanted)
         self.low, self.high = plant.low, plant.high
-        total = plant.total_samples
-        self._from = self.begin * total if self.wait_samples is None else self.wait_samples
-        self._to = self.until * total if self.ramp_samples is None else self._from + self.ramp_samples
-        if self._from >= self._to:
+        self.total_samples = plant.total_samples
+        begins, ends = self._span(plant.total_samples)
+        if begins >= ends:
             raise ConfigError(
-                f"controller.wait_samples = {self.wait_samples}: the ramp would begin at {self._from:,.0f} samples and "
-                f"end at {self._to:,.0f}; set controller.ramp_samples, too"
+                f"controller.wait_samples = {self.wait_samples}: the ramp would begin at {begins:,.0f} samples and "
+                f"end at {ends:,.0f}; set controller.ramp_samples, too"
             )
         if not plant.low <= self.end <= plant.high:
             field = KNOB_FIELDS[plant.kind] if self._wanted is None else "controller.end"
@@ -73,14 +72,20 @@ class Ramp(Controller):
             raise ConfigError(f"controller.end = {self.end:g}: a ramp of shape=log must end above 0")
         if self.start > plant.high:
             raise ConfigError(f"controller.start = {self.start:g}: this model's {plant.kind} is at most {plant.high:g}")
-        self.strength = self._at(0)
+        self.strength = self.planned(0, self.total_samples)
 
     def update(self, measured: Measured | None, samples: int) -> float:
-        self.strength = self._at(samples)
+        self.strength = self.planned(samples, self.total_samples)
         return self.strength
 
-    def _at(self, samples: int) -> float:
-        done = clamp((samples - self._from) / (self._to - self._from), 0.0, 1.0)
+    def _span(self, total_samples: int) -> tuple[float, float]:
+        """Where it begins and where it has arrived, in samples."""
+        begins = self.begin * total_samples if self.wait_samples is None else self.wait_samples
+        return begins, self.until * total_samples if self.ramp_samples is None else begins + self.ramp_samples
+
+    def planned(self, samples: int, total_samples: int) -> float:
+        begins, ends = self._span(total_samples)
+        done = clamp((samples - begins) / (ends - begins), 0.0, 1.0)
         if self.shape == "cosine":
             done = 0.5 * (1 - math.cos(math.pi * done))
         if self.shape == "log":

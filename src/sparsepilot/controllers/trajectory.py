@@ -70,29 +70,25 @@ def check_breakpoints(field: str, breakpoints: Breakpoints, lowest: float, d_sae
             )
 
 
-def steepest(breakpoints: Breakpoints) -> tuple[float, float, float]:
-    """(start, end, nats of ln L0 by which it falls per share of the budget) of the steepest fall.
-
-    >>> start, end, nats = steepest(REFERENCE)
-    >>> start, end, round(nats, 1)
-    (0.0, 0.125, 29.5)
-    """
-    falls = [(a, b, math.log(l0_a / l0_b) / (b - a)) for (a, l0_a), (b, l0_b) in pairwise(breakpoints)]
-    return max(falls, key=lambda fall: fall[2], default=(0.0, 1.0, 0.0))
+SLEW_POINTS = 16
+"""Places of a fall whose learning rates make the limit of all of it."""
 
 
 def refuse_too_steep(field: str, breakpoints: Breakpoints, plant: Plant) -> None:
-    """Refuses a fall of L0 that a penalty's plant cannot follow, however strong the penalty is.
+    """Refuses a fall of L0 that a penalty's plant cannot follow, however strong the penalty is: between any two
+    breakpoints, with the mean learning rate that there is between them.
 
     Raises:
         ConfigError: naming `field`, the fall, the limit and what would be right.
     """
     if plant.slew is None or plant.kind == "k":
         return
-    start, end, nats_per_share = steepest(breakpoints)
-    fall = nats_per_share / plant.total_samples
-    limit = plant.slew(int((start + end) / 2 * plant.total_samples))
-    if fall > limit:
+    for (start, l0_start), (end, l0_end) in pairwise(breakpoints):
+        fall = math.log(l0_start / l0_end) / ((end - start) * plant.total_samples)
+        places = (start + (end - start) * (i + 0.5) / SLEW_POINTS for i in range(SLEW_POINTS))
+        limit = sum(plant.slew(int(place * plant.total_samples)) for place in places) / SLEW_POINTS
+        if fall <= limit:
+            continue
         raise ConfigError(
             f"{field}: L0 is to fall by {fall * plant.batch:.2g} nats per step between {start:g} and {end:g} of the "
             f"budget; with this learning rate it can fall by at most {limit * plant.batch:.2g} per step, whatever the "

@@ -1,4 +1,4 @@
-"""`ramp` and `constant`: what the clock alone decides."""
+"""`ramp` and `constant`, and what else the clock alone decides."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from plants import penalty
 
 from sparsepilot.controllers.base import Measured, Plant
 from sparsepilot.controllers.constant import Constant
+from sparsepilot.controllers.l0_target import L0Target
 from sparsepilot.controllers.ramp import Ramp
 
 HALF = {"linear": 5.0, "cosine": 5.0, "log": math.sqrt(2 * 8)}
@@ -57,3 +58,18 @@ def test_constant_stays_whatever_is_measured() -> None:
     constant = Constant()
     constant.bind(plant())
     assert {constant.update(measured, 256) for measured in (None, Measured(math.nan), Measured(1e9))} == {8.0}
+
+
+def test_what_is_planned_in_shares_moves_with_the_budget() -> None:
+    """What a run that is resumed with a longer one says."""
+    ramp = Ramp(start=1.0, end=5.0, until=0.5)
+    ramp.bind(penalty(2.0, 1000))
+    assert ramp.planned(500, 1000) == 5.0
+    assert ramp.planned(500, 2000) == 3.0
+    in_samples = Ramp(start=1.0, end=5.0, wait_samples=0, ramp_samples=400)
+    in_samples.bind(penalty(2.0, 1000))
+    assert in_samples.planned(500, 1000) == in_samples.planned(500, 9000) == 5.0
+    held = L0Target(trajectory=[[0.0, 64.0], [1.0, 16.0]])
+    assert held.planned(1000, 1000) == 16.0
+    assert held.planned(1000, 2000) == pytest.approx(32.0)
+    assert L0Target(target_l0=8.0).planned(1000, 2000) is Constant().planned(1000, 2000) is None

@@ -58,10 +58,27 @@ PENALTY, FVU = ("model=relu",), ("controller=constrained", "controller.quality=f
         *[
             (
                 ("model=jumprelu", "model.target_l0=8", *controller),
-                "model.target_l0 = 8: the loss holds that L0 by itself; use controller=constant or ramp",
+                "model.target_l0 = 8: the loss holds that L0 by itself; use controller=constant",
             )
             for controller in (("controller=l0_target",), FVU, ("controller=pareto", "controller.targets=[8,4]"))
         ],
+        (
+            ("model=topk", "model.k=4", "model.anneal_k_from=16", "controller=l0_target"),
+            "model.anneal_k_from = 16: k falls from it by itself in training; use controller=constant",
+        ),
+        (
+            # a later fall than the steepest, where the learning rate has nearly gone
+            (
+                *("model=relu", "optimizer.lr=2e-3", "schedule=warmup_stable_decay", "samples=102400"),
+                *("controller=l0_target", "controller.trajectory=[[0,60],[0.1,40],[0.97,40],[1,20]]"),
+            ),
+            "controller.trajectory: L0 is to fall by 0.058 nats per step between 0.97 and 1 of the budget; ",
+        ),
+        (
+            ("controller=pareto", "controller.targets=[8,4]", "data.build.num_val_rows=0"),
+            "controller = pareto: goes from value to value at validations, and this data has no validation rows",
+        ),
+        (("callbacks.disturb={at: 1.5}", "controller=l0_target"), "callbacks.disturb.at = 1.5: should be less than 1"),
         ((*PENALTY, "controller=l0_target", "model.coefficient=0"), "model.coefficient = 0: should lie between"),
         (
             ("controller=l0_target", "controller.lowest=2", "controller.highest=1"),
@@ -110,5 +127,5 @@ def test_a_bad_value_is_one_clear_line_before_training(
         train_tiny(*overrides)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-    assert "controller" in str(error.value) or "model.coefficient" in str(error.value)
+    assert any(field in str(error.value) for field in ("controller", "model.coefficient", "callbacks.disturb"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

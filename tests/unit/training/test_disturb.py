@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sparsepilot.errors import ConfigError
 from sparsepilot.rows import read_rows
 
 EIGHTY = ("samples=20480", "callbacks.log_every_steps=1", "model=jumprelu", "controller=l0_target", "report=false")
@@ -41,3 +42,24 @@ def test_each_disturbs_from_its_place_on(train_tiny, tmp_path: Path, calm, what:
     if key == "train/lr":  # for 1% of 80 steps
         assert ratios[FIRST] == pytest.approx(3)
         assert ratios[FIRST + 1 :] == [1.0] * (79 - FIRST)
+
+
+def test_where_it_was_it_stays_under_a_longer_budget(train_tiny, tmp_path: Path) -> None:
+    """Half of the new budget is another place: the run is not disturbed a second time there."""
+    words = (*EIGHTY, "schedule=constant", "callbacks.disturb={at: 0.5, lr: 3}", f"run_dir={tmp_path}/shaken")
+    train_tiny(*words, "samples=10240")
+    train_tiny(*words)
+    rates = [row["train/lr"] for row in read_rows(tmp_path / "shaken" / "metrics.jsonl") if "train/lr" in row]
+    assert [number for number, rate in enumerate(rates) if rate != rates[0]] == [20]
+    with pytest.raises(ConfigError, match=r"begun with another configuration \(callbacks.disturb"):
+        train_tiny(*words, "callbacks.disturb=null", "samples=40960")
+
+
+def test_the_data_scale_leaves_fvu_about_the_mean(train_tiny, tmp_path: Path) -> None:
+    """FVU over MSE is one over the data's variance in its own units, which the rows keep."""
+    words = ("model=topk", "model.k=8", "controller=constant", "callbacks.validate_every_samples=1024")
+    train_tiny(*EIGHTY, *words, "callbacks.disturb={at: 0.5, data_scale: 3}", f"run_dir={tmp_path}/shaken")
+    rows = [row for row in read_rows(tmp_path / "shaken" / "metrics.jsonl") if "val/fvu" in row]
+    assert len(rows) == 20
+    shares = [row["val/fvu"] / row["val/mse"] for row in rows]
+    assert shares == pytest.approx([shares[0]] * 20, rel=1e-5)
