@@ -250,6 +250,8 @@ def test_an_l0_of_zero_is_a_gap_and_said() -> None:
         assert figure(broken)["data"][0]["y"][1] is None
         assert picture(name, 0, 0).panels[0].missing == f"{what} was 0 throughout"
         draw_figure(broken)
+    assert picture("l0", math.nan).panels[0].missing == "no finite train/l0 in the rows"
+    assert picture("control", math.nan).panels[0].missing == "no finite train/l0 in the rows"
 
 
 @pytest.mark.parametrize("quality", ["fvu", "ce_gap"])

@@ -32,7 +32,7 @@ def _sparsity(run: Run) -> Panel:
         axis("sparsity (active / all)", values, log=True),
         [one for one in lines if one.x],
         notes=notes if values else (),
-        missing=absent(run, "train/l0") or (None if values else notes[0]),
+        missing=absent(run, "train/l0") or (None if values else [*notes, "no finite train/l0 in the rows"][0]),
     )
 
 
