@@ -62,7 +62,8 @@ def draw_schedule(given: list[str]) -> Path:
     schedule = instantiate(cfg.schedule, _convert_="all")
     samples = int(cfg.samples)
     breakpoints = inspect.signature(schedule).parameters.get("breakpoints")
-    if breakpoints is not None and not any(a.startswith("samples=") for a in overrides):
+    says_budget = any(a.lstrip("+").startswith(("samples=", "experiment=")) for a in overrides)
+    if breakpoints is not None and not says_budget:
         samples = int(breakpoints.default[-1][0])  # all of it
     out = Path(ours["out"] or SCHEDULES / f"schedule-{name}")
     return write_pictures([draw(schedule, samples, name)], [], [], out)

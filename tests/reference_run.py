@@ -34,7 +34,7 @@ def write_reference_run(
     path.mkdir(parents=True, exist_ok=True)
     whole = {
         "model": {"_target_": "sparsepilot.autoencoders.jumprelu.JumpReLU", "d_sae": D_SAE},
-        "controller": {"_target_": "sparsepilot.controllers.l0_target.L0Target", "target_l0": 4.0},
+        "controller": {"_target_": "sparsepilot.controllers.l0_target.L0Target", "target_l0": 4.0, "quality": "ce"},
         "schedule": {"_target_": "sparsepilot.schedules.reference", "scale_to_budget": True},
         "data": {"_target_": "sparsepilot.data.datamodule.ActivationData", "path": "cache/reference"},
         "samples": samples,

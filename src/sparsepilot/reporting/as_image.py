@@ -13,6 +13,7 @@ from sparsepilot.reporting.ticks import minor_places, ticks
 from sparsepilot.run_folder import replacing_path
 
 DPI = 150
+MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^"}
 SETTINGS: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.labelsize": 9.5,
@@ -48,7 +49,7 @@ def draw_figure(picture: Picture, subtitle: str = "") -> Any:
     from matplotlib.figure import Figure
 
     num_panels = len(picture.panels)
-    width = {1: 7.2, 2: 10.4}.get(num_panels, 13.2)
+    width = {1: 7.2, 2: 10.4, 3: 13.2}.get(num_panels, 16.4)
     left, right, gap, below, panel_height = 0.80, 0.32, 0.84, 0.58, 3.05  # inches
     runs = _run_legend(picture)
     columns = max(1, min(len(runs), int((width - 0.4) / (0.75 + 0.074 * max((len(n) for n, _ in runs), default=1)))))
@@ -68,10 +69,21 @@ def draw_figure(picture: Picture, subtitle: str = "") -> Any:
             _legend(ax, keys, loc="lower right" if panel.title else "lower left", ncols=len(keys),
                     bbox_to_anchor=(1.0 if panel.title else 0.0, 1.02))  # fmt: skip
     figure.text(0.18 / width, 1 - 0.31 / height, picture.title, fontsize=12.5, fontweight="bold", va="baseline")
+    room = width - right - 0.18 - 0.12 * len(picture.title) - 0.2  # inches
+    subtitle = tail(subtitle, int(room / 0.075))
     figure.text(1 - right / width, 1 - 0.31 / height, subtitle, fontsize=8.5, color=QUIET.light, ha="right")
     if runs:
         _legend(figure, runs, loc="upper left", ncols=columns, bbox_to_anchor=(0.18 / width, 1 - 0.42 / height))
     return figure
+
+
+def tail(text: str, most: int) -> str:
+    """Its end, where all of it has no room: of a folder that is its name.
+
+    >>> tail("runs/demo", 9), tail("/scratch/somebody/runs/demo", 10)
+    ('runs/demo', '…runs/demo')
+    """
+    return text if len(text) <= most else "…" + text[len(text) - max(0, most - 1) :]
 
 
 def _legend(where: Any, entries: Sequence[tuple[str, Any]], **placing: Any) -> None:
@@ -103,7 +115,7 @@ def _draw_panel(ax: Any, panel: Panel, num_runs: int) -> None:
         top.tick_params(which="both", color=FRAME.light, length=3.5)
         top.tick_params(which="minor", length=2)
     for band in panel.bands:
-        ax.axvspan(band.low, band.high, color=band_colour(band.run).light, alpha=0.14, linewidth=0)
+        ax.axvspan(band.low, band.high, color=band_colour(band.run).light, alpha=0.14, linewidth=0.8)
     for rule in panel.rules:
         ax.axhline(rule.y, color=QUIET.light, linewidth=0.9)
     for line in panel.lines:
@@ -129,13 +141,13 @@ def _draw_line(ax: Any, line: Line, num_runs: int) -> None:
     if line.kind == "steps":
         if num_runs == 1:
             ax.stairs(line.y[:-1], line.x, fill=True, color=colour, alpha=0.22)
-        ax.stairs(line.y[:-1], line.x, color=colour, linewidth=how.width)
+        ax.stairs(line.y[:-1], line.x, color=colour, linewidth=how.width, linestyle=_stroke(how))
         return
     marked = line.kind != "line"
     ax.plot(
-        line.x, line.y, color=colour, linewidth=how.width, zorder=3 if how.dashed or how.ring else 2.5,
-        linestyle="none" if line.kind == "points" else (0, (4.5, 2.5)) if how.dashed else "-",
-        marker="o" if marked else None, markersize=4.6, markeredgewidth=1.2, markeredgecolor=colour,
+        line.x, line.y, color=colour, linewidth=how.width, zorder=3 if line.role == "set_point" or how.ring else 2.5,
+        linestyle="none" if line.kind == "points" else _stroke(how, 0.9),
+        marker=MARKERS[how.symbol] if marked else None, markersize=4.6, markeredgewidth=1.2, markeredgecolor=colour,
         markerfacecolor=GROUND.light if how.ring else colour, solid_joinstyle="round", clip_on=not marked,
     )  # fmt: skip
     if line.end_dot and line.x:
@@ -170,10 +182,15 @@ def _handle(line: Line, how: Look) -> Any:
     colour = how.colour.light
     marked = line.kind in ("points", "joined_points")
     return Line2D(
-        [], [], color=colour, linewidth=max(1.4, how.width), marker="o" if marked else None, markersize=4.6,
+        [], [], color=colour, linewidth=max(1.4, how.width),
+        marker=MARKERS[how.symbol] if marked else None, markersize=4.6,
         markeredgecolor=colour, markeredgewidth=1.2, markerfacecolor=GROUND.light if how.ring else colour,
-        linestyle="none" if line.kind == "points" else (0, (2.8, 1.4)) if how.dashed else "-",
+        linestyle="none" if line.kind == "points" else _stroke(how, 0.6),
     )  # fmt: skip
+
+
+def _stroke(how: Look, scale: float = 1.0) -> Any:
+    return (0, tuple(scale * length for length in how.dash)) if how.dash else "-"
 
 
 def _set_axis(mpl_axis: Any, set_scale: Any, set_limits: Any, axis: Axis) -> None:

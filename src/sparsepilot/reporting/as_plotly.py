@@ -6,11 +6,11 @@ Data are the numbers that as_image.py draws, too. Ticks are the same until a rea
 from __future__ import annotations
 
 import re
-from math import log10
+from math import isnan, log10
 from typing import Any
 
 from sparsepilot.reporting.figure import Axis, Line, Panel, Picture, wrapped
-from sparsepilot.reporting.style import QUIET, ROLE_NAMES, Colour, band_colour, key_look, look
+from sparsepilot.reporting.style import QUIET, ROLE_NAMES, Colour, Look, band_colour, key_look, look
 from sparsepilot.reporting.ticks import minor_places, ticks
 
 GAPS = {1: 0.0, 2: 0.12}
@@ -114,7 +114,7 @@ def _trace(line: Line, x: str, y: str, picture: Picture) -> dict[str, Any]:
     name = label if not of_one else f"{label}, {line.name}"
     trace: dict[str, Any] = {
         "x": list(line.x),
-        "y": list(line.y),
+        "y": [None if isnan(v) else v for v in line.y],  # JSON has no NaN
         "xaxis": x,
         "yaxis": y,
         "name": label,
@@ -122,7 +122,7 @@ def _trace(line: Line, x: str, y: str, picture: Picture) -> dict[str, Any]:
         "mode": {"line": "lines", "steps": "lines", "points": "markers", "joined_points": "lines+markers"}[line.kind],
         "line": {
             "width": round(1.3 * how.width, 2),
-            "dash": "5px,3px" if how.dashed else "solid",
+            "dash": _dash(how),
             "simplify": False,
         },  # plotly's simplified lines tilt what is level
         "hovertemplate": f"{name}: %{{y:.5g}}<extra></extra>",
@@ -133,7 +133,7 @@ def _trace(line: Line, x: str, y: str, picture: Picture) -> dict[str, Any]:
         if num_runs == 1:
             trace["fill"] = "tozeroy"
     if line.kind in ("points", "joined_points"):
-        trace["marker"] = {"size": 6.5, "line": {"width": 1.5}}
+        trace["marker"] = {"size": 6.5, "symbol": how.symbol, "line": {"width": 1.5}}
         trace["cliponaxis"] = False
     if line.end_dot and line.x:
         trace["mode"] = "lines+markers"
@@ -155,8 +155,8 @@ def _keys(picture: Picture) -> list[dict[str, Any]]:
             entries.append({
                 "x": [None], "y": [None], "name": name, "showlegend": True, "hoverinfo": "skip", "legend": _legend(i),
                 "mode": "markers" if found.kind == "points" else "lines",
-                "line": {"width": 1.6, "dash": "5px,3px" if how.dashed else "solid"},
-                "marker": {"size": 6.5, "line": {"width": 1.5}},
+                "line": {"width": 1.6, "dash": _dash(how)},
+                "marker": {"size": 6.5, "symbol": how.symbol, "line": {"width": 1.5}},
                 "meta": {"colour": _pair(how.colour), "ring": how.ring, "helper": True},
             })  # fmt: skip
     return entries
@@ -166,7 +166,7 @@ def _shapes(panel: Panel, x: str, y: str) -> list[dict[str, Any]]:
     bands = [
         {
             "type": "rect", "xref": x, "yref": f"{y} domain", "x0": band.low, "x1": band.high, "y0": 0, "y1": 1,
-            "line": {"width": 0}, "layer": "below", "opacity": 0.16,
+            "line": {"width": 1, "color": band_colour(band.run).light}, "layer": "below", "opacity": 0.16,
             "fillcolor": band_colour(band.run).light,
         }
         for band in panel.bands
@@ -195,6 +195,10 @@ def _annotations(panel: Panel, x: str, y: str, crowded: bool) -> list[dict[str, 
     if panel.missing is not None:
         found.append(here | {"x": 0.5, "y": 0.5, "text": "<br>".join(wrapped(panel.missing)), "name": "note"})
     return found
+
+
+def _dash(how: Look) -> str:
+    return ",".join(f"{length:g}px" for length in how.dash) or "solid"
 
 
 def _pair(colour: Colour) -> dict[str, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Literal
 
 from sparsepilot.reporting.figure import Axis, Line, Role
@@ -23,13 +26,45 @@ def line(
     log_x: bool = False,
     end_dot: bool = False,
 ) -> Line:
-    """The rows' values of `key` over a clock, thinned; `positive` for a log axis. Empty where no row has the key."""
+    """The rows' values of `key` over a clock, thinned. `positive` is for a log axis: what is not above 0 is a gap in a
+    line. Empty where no row has such a value."""
     clock, values = run.series("samples" if x == "samples_M" else x, key, positive=positive)
     if x == "samples_M":
         clock = [samples / 1e6 for samples in clock]
     shown_x, shown_y = thin(clock, values, log_x=log_x)
     num_points = len(clock) if len(shown_x) < len(clock) else 0
+    if positive and kind == "line":
+        places, every = run.series("samples" if x == "samples_M" else x, key)
+        per = 1e6 if x == "samples_M" else 1
+        shown_x, shown_y = _with_gaps(shown_x, shown_y, [p / per for p, v in zip(places, every, strict=True) if v <= 0])
     return Line(name, role, shown_x, shown_y, kind=kind, end_dot=end_dot, num_points=num_points)
+
+
+def _with_gaps(x: list[float], y: list[float], gaps: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The line broken at the places of `gaps`, once between two points that it joins.
+
+    >>> _with_gaps([1, 2, 5], [7, 8, 9], [0, 3, 4, 6])
+    ([1, 2, 3, 5], [7, 8, nan, 9])
+    """
+    between: dict[int, float] = {}
+    for gap in gaps:
+        between.setdefault(bisect_left(x, gap), gap)
+    broken_x, broken_y = [], []
+    for i in range(len(x)):
+        if i > 0 and i in between:
+            broken_x.append(between[i])
+            broken_y.append(math.nan)
+        broken_x.append(x[i])
+        broken_y.append(y[i])
+    return broken_x, broken_y
+
+
+def zeros(run: Run, what: str, *keys: str) -> list[str]:
+    """What a panel with a log axis notes about values of 0, which it cannot show."""
+    values = [v for key in keys for v in run.series("step", key)[1]]
+    if not values or min(values) > 0:
+        return []
+    return [f"{what} was 0 throughout" if max(values) <= 0 else f"gap: {what} was 0, not drawn on a log axis"]
 
 
 def absent(run: Run, key: str) -> str | None:

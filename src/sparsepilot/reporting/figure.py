@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-Role = Literal["measured", "set_point", "validation", "part", "density"]
+Role = Literal["measured", "set_point", "validation", "unsettled", "part", "density"]
 """What a line is, hence how it looks. With several runs the colour is the run's, dash and marker stay the role's."""
 
 TickText = Literal["number", "power", "samples"]
@@ -38,7 +38,7 @@ class Axis:
 class Line:
     """One series.
 
-    y[i] belongs to x[i]. `steps` holds y[i] from x[i] to x[i + 1].
+    y[i] belongs to x[i]. `steps` holds y[i] from x[i] to x[i + 1]. A NaN in y breaks the line.
     """
 
     name: str

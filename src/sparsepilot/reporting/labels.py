@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 from sparsepilot.reporting.runs import Run
 from sparsepilot.reporting.ticks import number_text, samples_text
 
-NOT_A_DIFFERENCE = ("run_dir", "logger", "trainer", "resume", "check", "report", "threads", "data.path", "data.build",
-                    "lm", "text", "callbacks")  # fmt: skip
-"""Where runs lie and how they are kept; what they compute is the same."""
+NOT_A_DIFFERENCE = ("run_dir", "logger", "trainer", "resume", "check", "report", "threads", "callbacks", "lm.device",
+                    "lm.install", "lm.keep_converted", "data.lm_device")  # fmt: skip
+"""Where runs lie and how they are kept and timed; what they compute is the same."""
+BUT_THESE = ("callbacks.disturb", "trainer.precision")
+CACHE = "cache"
+"""A cache's fingerprint, which says what its folder's name cannot."""
 
 MOST_IN_A_LABEL = 4
 
@@ -25,6 +28,12 @@ class Difference(NamedTuple):
 def differences(runs: Sequence[Run]) -> list[Difference]:
     """The fields in which the runs' configurations differ, in the order in which the configuration has them."""
     flat = [flatten(run.config) for run in runs]
+    if all(run.cache_fingerprint for run in runs):
+        flat = [
+            {field: value for field, value in one.items() if not _within(field, ("data.path",))}
+            | {CACHE: str(run.cache_fingerprint)[:8]}
+            for one, run in zip(flat, runs, strict=True)
+        ]
     fields = dict.fromkeys(field for one in flat for field in one)
     found = (Difference(field, [one.get(field) for one in flat]) for field in fields if not _ignored(field))
     return [difference for difference in found if any(v != difference.values[0] for v in difference.values)]
@@ -97,7 +106,11 @@ def value_text(value: Any) -> str:
 
 
 def _ignored(field: str) -> bool:
-    return any(field == name or field.startswith(name + ".") for name in NOT_A_DIFFERENCE)
+    return _within(field, NOT_A_DIFFERENCE) and not _within(field, BUT_THESE)
+
+
+def _within(field: str, names: Sequence[str]) -> bool:
+    return any(field == name or field.startswith(name + ".") for name in names)
 
 
 def _in_label(difference: Difference) -> bool:
@@ -106,9 +119,9 @@ def _in_label(difference: Difference) -> bool:
 
 
 def _rank(difference: Difference) -> int:
-    """The kinds of model and controller come first, the kinds of their parts last."""
+    """The kinds of model and controller come first, the kinds of their parts late; the cache is the last."""
     if not difference.field.endswith("_target_"):
-        return 1
+        return 3 if difference.field == CACHE else 1
     return 0 if difference.field.count(".") == 1 else 2
 
 

@@ -10,7 +10,12 @@ from typing import Any
 from sparsepilot.errors import ConfigError
 from sparsepilot.rows import read_rows, rows_of_trainee
 from sparsepilot.run_folder import RunFolder
-from sparsepilot.saved import read_config, read_summary
+from sparsepilot.saved import read_config, read_object, read_summary
+
+
+def finite(value: Any) -> bool:
+    """Whether it is a number that can be drawn."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Run:
     timing: Sequence[dict[str, Any]] = ()
     trainee: str | None = None
     """its name, of one of several trainees"""
+    cache_fingerprint: str | None = None
+    """of the rows that it was trained on; None where run.json does not say it"""
 
     @property
     def batch(self) -> int:
@@ -48,13 +55,22 @@ class Run:
         >>> Run("", {}, [{"step": 1, "a": 5}, {"step": 2}, {"step": 3, "a": 0}]).series("step", "a", positive=True)
         ([1], [5])
         """
-        found = [(row[x], row[y]) for row in self.rows if isinstance(row.get(y), int | float)]
-        kept = [(a, b) for a, b in found if math.isfinite(b) and (b > 0 or not positive)]
+        found = [(row[x], row[y]) for row in self.rows if finite(row.get(y))]
+        kept = [(a, b) for a, b in found if b > 0 or not positive]
         return [a for a, _ in kept], [b for _, b in kept]
 
     def has(self, key: str) -> bool:
         """Whether any row has it."""
         return any(key in row for row in self.rows)
+
+    def last_of(self, *keys: str) -> list[float] | None:
+        """The values of the last row in which all of them are finite, or None.
+
+        >>> Run("", {}, [{"a": 1, "b": 2}, {"a": 3}, {"a": 4, "b": math.nan}]).last_of("a", "b")
+        [1, 2]
+        """
+        rows = ([row.get(key) for key in keys] for row in reversed(self.rows))
+        return next((values for values in rows if all(map(finite, values))), None)
 
     def last(self, key: str) -> Any:
         """Its last value, or None."""
@@ -74,13 +90,14 @@ def read_runs(folder: RunFolder) -> list[Run]:
     if one_of_several and folder.path.name in (read_config(above).get("trainees") or {}):
         return [run for run in read_runs(above) if run.trainee == folder.path.name]
     config, rows, timing = read_config(folder), list(read_rows(folder.metrics)), list(read_rows(folder.timing))
+    cache = read_object(folder.identity).get("cache_fingerprint") if folder.identity.exists() else None
     names = list(config.get("trainees") or {})
     if not names:
-        return [Run(str(folder.path), config, rows, read_summary(folder), timing)]
+        return [Run(str(folder.path), config, rows, read_summary(folder), timing, cache_fingerprint=cache)]
     runs = []
     for name in names:
         own = folder.of_trainee(name)
         own_rows = list(rows_of_trainee(rows, name, names))
         own_config = read_config(own) if own.exists() else config
-        runs.append(Run(str(own.path), own_config, own_rows, read_summary(own), timing, name))
+        runs.append(Run(str(own.path), own_config, own_rows, read_summary(own), timing, name, cache))
     return runs

@@ -7,8 +7,9 @@ say the same again without colour.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from sparsepilot.reporting.figure import Line, Role
 
@@ -41,9 +42,19 @@ _BY_ROLE = {
     "measured": PALETTE[0],
     "set_point": PALETTE[1],
     "validation": INK,
+    "unsettled": PALETTE[0],
     "part": PALETTE[2],
     "density": PALETTE[0],
 }
+
+
+Symbol = Literal["circle", "square", "diamond", "triangle-up"]
+
+DASH = (5.0, 3.0)
+ROUNDS: tuple[tuple[tuple[float, ...], Symbol], ...] = (
+    ((), "circle"), ((1.3, 1.7), "square"), ((9.0, 2.0), "diamond"), ((9.0, 2.0, 1.3, 2.0), "triangle-up"),
+)  # fmt: skip
+"""Dash and marker of the first eight runs, of the next eight that have the same colours, ..."""
 
 
 class Look(NamedTuple):
@@ -52,9 +63,12 @@ class Look(NamedTuple):
     colour: Colour
     width: float
     """points"""
-    dashed: bool
+    dash: tuple[float, ...]
+    """lengths of strokes and gaps in widths of the line; (): solid"""
     ring: bool
     """markers filled with the ground's colour"""
+    symbol: Symbol
+    """of markers"""
 
 
 def look(line: Line, num_runs: int) -> Look:
@@ -62,8 +76,11 @@ def look(line: Line, num_runs: int) -> Look:
     colour = _BY_ROLE[line.role] if num_runs == 1 else PALETTE[line.run % len(PALETTE)]
     noisy = num_turns(line.y) > 0.3 * len(line.y) > 30
     width = {"set_point": 1.6, "part": 1.3, "density": 1.4}.get(line.role, 0.9 if noisy else 1.5)
-    dashed = line.role == "set_point" or (line.role == "part" and num_runs > 1)
-    return Look(colour, width, dashed, ring=line.role == "validation")
+    turn = 0 if num_runs == 1 else max(0, line.run) // len(PALETTE) % len(ROUNDS)
+    dash, symbol = ROUNDS[turn]
+    if line.role == "set_point" or (line.role == "part" and num_runs > 1):
+        dash = DASH + turn * (1.3, 3.0)  # dots between the strokes
+    return Look(colour, width, dash, ring=line.role in ("validation", "unsettled"), symbol=symbol)
 
 
 def band_colour(run: int | None) -> Colour:
@@ -83,8 +100,13 @@ def num_turns(y: Sequence[float]) -> int:
 
 def key_look(line: Line) -> Look:
     """How a legend shows what dash and marker mean, where colours are runs."""
-    return look(line, 2)._replace(colour=QUIET)
+    return look(replace(line, run=0), 2)._replace(colour=QUIET)
 
 
-ROLE_NAMES: dict[Role, str] = {"set_point": "set point", "validation": "validation", "part": "I part"}
+ROLE_NAMES: dict[Role, str] = {
+    "set_point": "set point",
+    "validation": "validation",
+    "unsettled": "not settled",
+    "part": "I part",
+}
 """What dash and marker mean where colours are runs."""

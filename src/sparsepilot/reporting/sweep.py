@@ -56,7 +56,7 @@ def write_sweep_report(sweep: SweepFolder, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     write_table(rows, out / TABLE)
     runs = [row.run for row in rows if row.run is not None]
-    names = [_name(row) for row in rows if row.run is not None]
+    names = [member_name(row) for row in rows if row.run is not None]
     drawn = draw_pictures(runs, names) if runs else []
     pictures = [joined(picture, rows) for picture in drawn if picture.name == "frontier"]
     pictures += [picture for picture in drawn if picture.name != "frontier"]
@@ -93,12 +93,16 @@ def write_table(rows: Sequence[Row], path: Path) -> None:
     fields = _all_fields(rows)
     with replacing(path) as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["member", *fields, *MEASURED, "samples_per_s", "starts", "status", "error", "folder"])
+        several = ["trainee"] if _has_trainees(rows) else []
+        writer.writerow(
+            ["member", *several, *fields, *MEASURED, "samples_per_s", "starts", "status", "error", "folder"]
+        )
         for row in rows:
             measured = [row.run.last(key) if row.run else None for key in MEASURED.values()]
             speed = row.run.summary.get("samples_per_s") if row.run else None
             told = (speed, row.num_starts, row.member.status, row.member.error, row.run.name if row.run else None)
-            writer.writerow([row.member.number, *(row.fields.get(name) for name in fields), *measured, *told])
+            trainee = [row.run.trainee if row.run else None for _ in several]
+            writer.writerow([row.member.number, *trainee, *(row.fields.get(name) for name in fields), *measured, *told])
 
 
 def members_table(rows: Sequence[Row]) -> Table:
@@ -108,17 +112,27 @@ def members_table(rows: Sequence[Row]) -> Table:
     fields = _all_fields(rows)
     requeued = any(row.num_starts > 1 for row in rows)
     failed = any(row.member.error for row in rows)
+    several = _has_trainees(rows)
     cells, numbers, place = [], [], 0
     for row in rows:
         numbers.append(place if row.run else None)
         values = measured.rows[place][1:] if row.run else ["-"] * (len(measured.head) - 1)
         place += row.run is not None
         cells.append([
-            str(row.member.number), *(row.fields.get(name, "-") for name in fields), *values,
+            str(row.member.number), *([(row.run and row.run.trainee) or "-"] if several else []),
+            *(row.fields.get(name, "-") for name in fields), *values,
             *([str(row.num_starts)] if requeued else []), row.member.status,
             *([row.member.error or ""] if failed else []),
         ])  # fmt: skip
-    head = ["member", *fields, *measured.head[1:], *["starts"] * requeued, "status", *["error"] * failed]
+    head = [
+        "member",
+        *["trainee"] * several,
+        *fields,
+        *measured.head[1:],
+        *["starts"] * requeued,
+        "status",
+        *["error"] * failed,
+    ]
     return Table(head, cells, numbers)
 
 
@@ -144,11 +158,15 @@ def _with_lines(panel: Panel, groups: dict[tuple[str, ...], list[int]]) -> Panel
     return replace(panel, lines=[*lines, *panel.lines], notes=[] if lines else panel.notes)
 
 
-def _name(row: Row) -> str:
+def member_name(row: Row) -> str:
+    """What a member, or a trainee of one, is called beside the others."""
     assert row.run is not None
     short = [f"{name.rpartition('.')[2]}={value}" for name, value in row.fields.items()]
-    _, colon, trainee = row.run.name.rpartition(": ")
-    return f"{row.member.number}: {', '.join([*short, *([trainee] if colon else [])])}"
+    return f"{row.member.number}: {', '.join([*short, *([row.run.trainee] if row.run.trainee else [])])}"
+
+
+def _has_trainees(rows: Sequence[Row]) -> bool:
+    return any(row.run is not None and row.run.trainee is not None for row in rows)
 
 
 def _all_fields(rows: Sequence[Row]) -> list[str]:

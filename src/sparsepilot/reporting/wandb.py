@@ -100,10 +100,13 @@ def send(run: Any, rows: Iterable[Mapping[str, Any]], after_step: int) -> int:
 
 
 def send_pictures(run: Any, folder: RunFolder) -> None:
-    """Logs the pictures of the run's report with its last step; nothing where it has none."""
+    """Logs the pictures of the run's report with its last step; nothing where it has none, or has those of an earlier
+    end of a run that has gone on since: pictures are of all rows, so they are the younger files."""
     import wandb
 
-    paths, rows = sorted(folder.report.glob("*.png")), list(read_rows(folder.metrics))
+    rows = list(read_rows(folder.metrics))
+    written = folder.metrics.stat().st_mtime_ns if rows else 0
+    paths = sorted(path for path in folder.report.glob("*.png") if path.stat().st_mtime_ns >= written)
     if paths and rows:
         images = {f"report/{path.stem}": wandb.Image(str(path)) for path in paths}
         # a run gone on with may be past the last row's step already: W&B drops what goes back

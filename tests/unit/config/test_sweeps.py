@@ -21,7 +21,7 @@ from sparsepilot.config.check import check
 from sparsepilot.config.resolvers import register_resolvers
 from sparsepilot.config.schema import register
 from sparsepilot.errors import ConfigError
-from sparsepilot.reporting.sweep import joined, members_table, read_sweep, write_sweep_report
+from sparsepilot.reporting.sweep import joined, member_name, members_table, read_sweep, write_sweep_report, write_table
 from sparsepilot.sweep_folder import Member, SweepFolder
 
 TRAIN = str(ROOT / "train.py")
@@ -114,6 +114,25 @@ def test_members_that_differ_in_sparsity_alone_lie_on_one_line(tmp_path: Path) -
     lines = {line.name: (list(line.x), list(line.y)) for line in panel.lines if line.run < 0}
     assert lines == {"seed=0": ([8, 16, 32], [0.3, 0.2, 0.1]), "seed=1": ([8, 16], [0.31, 0.21])}
     assert sum(line.role == "validation" for line in panel.lines) == 5
+
+
+def test_trainees_of_a_member_are_told_apart(tmp_path: Path) -> None:
+    sweep = SweepFolder(tmp_path)
+    write_member(sweep, 0, 0.1, "controller.target_l0=8")
+    folder = sweep.path / "0"
+    config = OmegaConf.load(folder / "config.yaml")
+    OmegaConf.save(OmegaConf.merge(config, {"trainees": {"one": {}, "two": {}}}), folder / "config.yaml")
+    row = {"step": 10, "samples": 80} | {f"{name}/val/{key}": 0.5 for name in ("one", "two") for key in ("l0", "fvu")}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    rows = read_sweep(sweep)
+    names = [member_name(row) for row in rows]
+    assert names == ["0: sweep=x, target_l0=8, one", "0: sweep=x, target_l0=8, two"]
+    table = members_table(rows)
+    assert table.head[:2] == ["member", "trainee"]
+    assert [list(cells[:2]) for cells in table.rows] == [["0", "one"], ["0", "two"]]
+    write_table(rows, tmp_path / "members.csv")
+    with open(tmp_path / "members.csv", encoding="utf-8") as file:
+        assert [line["trainee"] for line in csv.DictReader(file)] == ["one", "two"]
 
 
 def test_no_sweep_there(tmp_path: Path) -> None:

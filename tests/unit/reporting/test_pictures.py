@@ -23,12 +23,13 @@ from sparsepilot.reporting import report as reports
 from sparsepilot.reporting.as_image import draw_figure
 from sparsepilot.reporting.as_image import power_text as image_text
 from sparsepilot.reporting.as_plotly import figure
-from sparsepilot.reporting.figure import Axis, Picture, axis
-from sparsepilot.reporting.labels import labels
+from sparsepilot.reporting.figure import Axis, Band, Line, Panel, Picture, axis
+from sparsepilot.reporting.labels import differences, labels
 from sparsepilot.reporting.overlay import overlay
 from sparsepilot.reporting.page import write_page
 from sparsepilot.reporting.pictures import learning_rate, registered
 from sparsepilot.reporting.runs import Run, read_runs
+from sparsepilot.reporting.style import look
 from sparsepilot.reporting.tables import configuration_differences, results
 from sparsepilot.reporting.thin import thin
 from sparsepilot.reporting.ticks import Tick, linear_places, ticks
@@ -60,6 +61,10 @@ def texts(axis: Axis) -> list[str]:
 
 def points(rows: Sequence[dict[str, Any]], x: str, y: str, per: float = 1.0) -> list[tuple[float, float]]:
     return [(row[x] / per, row[y]) for row in rows if y in row]
+
+
+def drawing_of(name: str, run: Run) -> Picture:
+    return next(draw for draw in registered() if draw.__module__.endswith(f".{name}"))(run)
 
 
 def drawn(picture: Picture, panel: int, name: str) -> list[tuple[float, float]]:
@@ -107,6 +112,7 @@ def test_control_has_three_panels_over_steps(pictures, rows) -> None:
     assert drawn(pictures["control"], 0, "training batch") == [
         (x, y / D_SAE) for x, y in points(rows, "step", "train/l0")
     ]
+    assert drawn(pictures["control"], 0, "validation") == [(x, y / D_SAE) for x, y in points(rows, "step", "val/l0")]
     assert drawn(pictures["control"], 1, "strength") == points(rows, "step", "controller/strength")
     assert strength.y.label == "regularization strength"
     assert drawn(pictures["control"], 2, "measured") == points(rows, "step", "val/ce")
@@ -207,6 +213,108 @@ def test_a_frontier_from_one_run_and_from_the_ends_of_several() -> None:
     assert together.x.low < 2 < 4 < together.x.high
 
 
+def test_a_frontier_tells_what_did_not_settle_and_one_last_validation() -> None:
+    rows = [
+        {"step": 1, "samples": 256, "frontier/l0": 8.0, "frontier/fvu": 0.2, "frontier/settled": 1.0},
+        {"step": 2, "samples": 512, "frontier/l0": 6.0, "frontier/fvu": 0.3, "frontier/settled": 0.0},
+        {"step": 3, "samples": 768, "frontier/l0": 4.0, "frontier/fvu": 0.4, "frontier/settled": 1.0},
+        {"step": 4, "samples": 1024, "frontier/l0": 3.0, "frontier/fvu": float("nan"), "frontier/settled": 1.0},
+        {"step": 4, "samples": 1024, "val/l0": 4.0, "val/fvu": 0.4, "val/ce": 2.5},
+        {"step": 5, "samples": 1280, "val/l0": 3.0, "val/fvu": float("nan")},
+    ]
+    picture = drawing_of("frontier", Run("", {"model": {"d_sae": 64}, "samples": 5120, "batch": 256}, rows))
+    fvu, ce = picture.panels
+    assert [(line.name, line.kind, list(line.x), list(line.y)) for line in fvu.lines] == [
+        ("held", "joined_points", [4, 8], [0.4, 0.2]),
+        ("not settled", "points", [6], [0.3]),
+        ("last validation", "points", [4], [0.4]),
+    ]
+    assert [look(line, 1).ring for line in fvu.lines] == [False, True, True]
+    assert fvu.notes == ["1 not settled"]
+    assert [(line.x, line.y) for line in ce.lines] == [([4.0], [2.5])]  # not the 3.0 of a later row
+    draw_figure(picture)
+
+
+def test_an_l0_of_zero_is_a_gap_and_said() -> None:
+    def picture(name: str, *l0: float) -> Picture:
+        rows = [{"step": i, "samples": i, "train/l0": v, "controller/strength": v} for i, v in enumerate(l0, 1)]
+        return drawing_of(name, Run("", {"model": {"d_sae": 2}, "samples": 9, "batch": 1}, rows))
+
+    for name, what in (("l0", "L0"), ("control", "L0"), ("controller_health", "strength")):
+        broken = picture(name, 4, 0, 0, 2, 1)
+        (line,) = broken.panels[0].lines
+        per = 2 if name == "control" else 1
+        assert [v * per for v in line.y if not math.isnan(v)] == [4, 2, 1]
+        assert [math.isnan(v) for v in line.y] == [False, True, False, False]
+        assert broken.panels[0].notes == [f"gap: {what} was 0, not drawn on a log axis"]
+        assert figure(broken)["data"][0]["y"][1] is None
+        assert picture(name, 0, 0).panels[0].missing == f"{what} was 0 throughout"
+        draw_figure(broken)
+    assert picture("l0", math.nan).panels[0].missing == "no finite train/l0 in the rows"
+    assert picture("control", math.nan).panels[0].missing == "no finite train/l0 in the rows"
+
+
+@pytest.mark.parametrize("quality", ["fvu", "ce_gap"])
+def test_the_quality_that_is_held_is_drawn_with_its_target(quality: str) -> None:
+    """By the configuration: the values would say the other."""
+    held = {"controller/quality": 2.3 if quality == "fvu" else 0.2, "controller/quality_target": 0.1}
+    rows = [{"step": 1, "samples": 256, "val/ce": 2.3, "train/fvu": 0.2, **held}]
+    config = {"model": {"d_sae": 64}, "controller": {"quality": quality}, "samples": 5120, "batch": 256}
+    panels = overlay([drawing_of("control", Run("", config, rows))], [""]).panels[2:]
+    shown = [(panel.y.label, [(line.name, line.y) for line in panel.lines]) for panel in panels]
+    ce, target = ("measured", [2.3]), ("target", [0.1])
+    if quality == "fvu":
+        assert shown == [("validation cross-entropy (nats)", [ce]), ("quality held (FVU)", [ce, target])]
+    else:
+        assert shown == [("validation cross-entropy (nats)", [ce, target])]
+
+
+def test_what_changes_what_is_computed_is_a_difference() -> None:
+    same = {"callbacks": {"keep_last": 2, "disturb": None}, "data": {"path": "a", "build": {"seed": 0}}}
+    lm = {"lm": {"id": "one", "device": "cpu"}, "text": {"source": "files"}, "run_dir": "a"}
+    other = {
+        "callbacks": {"keep_last": 3, "disturb": {"at": 0.25}},
+        "data": {"path": "b", "build": {"seed": 1}},
+        "lm": {"id": "two", "device": "cuda"},
+        "text": {"source": "python_docs"},
+        "run_dir": "b",
+    }
+
+    def fields(*fingerprints: str | None) -> list[str]:
+        configs = (same | lm, other)
+        runs = [Run("", config, [], cache_fingerprint=f) for config, f in zip(configs, fingerprints, strict=True)]
+        return [difference.field for difference in differences(runs)]
+
+    told = ["data.build.seed", "lm.id", "text.source", "callbacks.disturb.at"]
+    assert sorted(fields("0" * 64, "0" * 64)) == sorted(told)
+    assert sorted(fields("0" * 64, "1" * 64)) == sorted([*told, "cache"])
+    assert sorted(fields(None, "1" * 64)) == sorted([*told, "data.path"])
+
+
+def test_no_two_of_many_runs_look_alike() -> None:
+    lines = [Line("", "measured", [1], [1], kind=kind, run=run) for run in range(20) for kind in ("line", "points")]
+    picture = Picture("p", "p", [Panel("", Axis("x", 0, 2), Axis("y", 0, 2), lines)], [str(i) for i in range(20)])
+    traces = figure(picture)["data"]
+    by_trace = [(trace["meta"]["colour"]["light"], trace["line"]["dash"]) for trace in traces if "marker" not in trace]
+    by_marker = [(t["meta"]["colour"]["light"], t["marker"]["symbol"]) for t in traces if "marker" in t]
+    (ax,) = draw_figure(picture).axes
+    by_stroke = [(line.get_color(), str(line._unscaled_dash_pattern)) for line in ax.get_lines()[::2]]
+    by_shape = [(line.get_color(), line.get_marker()) for line in ax.get_lines()[1::2]]
+    assert [len(set(found)) for found in (by_trace, by_marker, by_stroke, by_shape)] == [20] * 4
+
+
+def test_a_thin_band_is_seen_and_a_long_name_stays_beside_the_title() -> None:
+    band = Band(1.0, 1.0001, "at a limit")
+    picture = Picture("p", "Loss over training", [Panel("", Axis("x", 0, 100), Axis("y", 0, 2), bands=[band])])
+    drawing = draw_figure(picture, "/scratch/somebody/" + "sweeps/batch=4096/" * 9 + "last")
+    assert drawing.axes[0].patches[0].get_linewidth() == 0.8
+    assert figure(picture)["layout"]["shapes"][0]["line"]["width"] == 1
+    title, subtitle = (text.get_window_extent() for text in drawing.texts)
+    assert title.x1 < subtitle.x0
+    assert drawing.texts[1].get_text().startswith("…")
+    assert drawing.texts[1].get_text().endswith("/last")
+
+
 def test_several_runs_are_named_by_what_differs(folder: Path, tmp_path: Path) -> None:
     other = write_reference_run(tmp_path / "other", samples=100_000_000, controller={"target_l0": 8.0}, batch=8192)
     runs = [run for path in (folder, other) for run in read_runs(RunFolder(path))]
@@ -269,6 +377,8 @@ def test_the_script_draws_a_schedule_and_a_comparison(tmp_path: Path, monkeypatc
     page = (tmp_path / "schedule" / "report.html").read_text()
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])  # type: ignore[index]
     assert data["pictures"][0]["layout"]["xaxis"]["ticktext"] == ["500M", "1G", "1.5G"]
+    script(monkeypatch, "schedule=reference", "experiment=dynamics_200m", f"out={tmp_path}/dynamics")
+    assert '"ticktext": ["50M", "100M", "150M", "200M"]' in (tmp_path / "dynamics" / "report.html").read_text()
     for name in "ab":
         write_reference_run(tmp_path / "runs" / name, samples=5 * BATCH, seed=ord(name))
     script(monkeypatch, f"run_dir={tmp_path}/runs/*", f"out={tmp_path}/both")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +68,23 @@ def test_the_pictures_of_the_report_are_in_the_offline_run(train_tiny, tmp_path:
     for name, path in pictures.items():
         assert last[f"report/{name}/_type"] == "image-file"
         assert (run / "files" / last[f"report/{name}/path"]).read_bytes() == path.read_bytes()
+
+
+def test_pictures_of_an_earlier_end_are_not_sent(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = RunFolder(tmp_path)
+    sent: list[dict[str, Any]] = []
+    run = SimpleNamespace(step=0, log=lambda row, step: sent.append(row))
+    folder.metrics.write_text('{"step": 3, "samples": 30}\n')
+    folder.report.mkdir()
+    for name, age_s in (("old", 1), ("new", -1)):
+        path = folder.report / f"{name}.png"
+        Image.new("L", (1, 1)).save(path)
+        when = folder.metrics.stat().st_mtime_ns - age_s * 10**9
+        os.utime(path, ns=(when, when))
+    ours.send_pictures(run, folder)
+    assert [sorted(row) for row in sent] == [["report/new", "samples"]]
 
 
 class FakeServerRun:

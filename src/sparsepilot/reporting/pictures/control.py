@@ -1,11 +1,10 @@
-"""What was asked for, what was pressed and what it cost: sparsity, regularization strength, cross-entropy."""
+"""What was asked for, what was pressed and what it cost: sparsity, regularization strength, quality."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from statistics import median
 
-from sparsepilot.reporting.build import absent, line, over_steps
+from sparsepilot.reporting.build import absent, line, over_steps, zeros
 from sparsepilot.reporting.figure import Line, Panel, Picture, axis
 from sparsepilot.reporting.runs import Run
 
@@ -13,22 +12,27 @@ PLACE = 3
 
 
 def draw(run: Run) -> Picture:
-    """Three panels over training steps: active / all (log), strength (linear), validation cross-entropy (linear)."""
-    return Picture("control", "Control", [_sparsity(run), _strength(run), _quality(run)])
+    """Panels over training steps: active / all (log), strength (linear), validation cross-entropy (linear), and the
+    quality that the controller holds where that is another."""
+    return Picture("control", "Control", [_sparsity(run), _strength(run), _quality(run), _held_beside(run)])
 
 
 def _sparsity(run: Run) -> Panel:
     lines = [
         _as_share(line(run, "training batch", "measured", "step", "train/l0", positive=True), run.d_sae),
         _as_share(line(run, "set point", "set_point", "step", "controller/target", positive=True), run.d_sae),
+        # the set point is of held-out rows, as these are
+        _as_share(line(run, "validation", "validation", "step", "val/l0", kind="points", positive=True), run.d_sae),
     ]
     values = [v for one in lines for v in one.y]
+    notes = zeros(run, "L0", "train/l0", "val/l0")
     return Panel(
         "Sparsity",
         over_steps(run),
         axis("sparsity (active / all)", values, log=True),
         [one for one in lines if one.x],
-        missing=absent(run, "train/l0"),
+        notes=notes if values else (),
+        missing=absent(run, "train/l0") or (None if values else [*notes, "no finite train/l0 in the rows"][0]),
     )
 
 
@@ -54,31 +58,44 @@ def knob_label(run: Run) -> str:
 
 def _quality(run: Run) -> Panel:
     """Cross-entropy where it is measured; otherwise the quality that the controller holds, if it holds one."""
-    target = line(run, "target", "set_point", "step", "controller/quality_target")
-    if run.has("val/ce"):
-        label, title = "validation cross-entropy (nats)", "Cross-entropy"
-        quality = line(run, "measured", "measured", "step", "val/ce")
-        if not holds_cross_entropy(run):
-            target = replace(target, x=[], y=[])
-    else:
-        label, title = "quality held (FVU)", "Quality"
-        quality = line(run, "measured", "measured", "step", "controller/quality")
-    lines = [one for one in (quality, target) if one.x]
-    missing = None
-    if not quality.x:
-        title, label = "Cross-entropy", "validation cross-entropy (nats)"
-        missing = "no val/ce in the rows: cross_entropy=spliced measures it"
-    return Panel(title, over_steps(run), axis(label, [v for one in lines for v in one.y]), lines, missing=missing)
+    if not run.has("val/ce"):
+        held = _held(run)
+        if held.lines:
+            return held
+    quality = line(run, "measured", "measured", "step", "val/ce")
+    lines = [quality, *([_target(run)] if holds_cross_entropy(run) else [])] if quality.x else []
+    return Panel(
+        "Cross-entropy",
+        over_steps(run),
+        axis("validation cross-entropy (nats)", [v for one in lines for v in one.y]),
+        [one for one in lines if one.x],
+        missing=None if quality.x else "no val/ce in the rows: cross_entropy=spliced measures it",
+    )
+
+
+def _held(run: Run) -> Panel:
+    """What the controller measures of the quality that it holds, beside its target."""
+    name = "cross-entropy, nats" if holds_cross_entropy(run) else "FVU"
+    lines = [one for one in (line(run, "measured", "measured", "step", "controller/quality"), _target(run)) if one.x]
+    return Panel("Quality", over_steps(run), axis(f"quality held ({name})", [v for one in lines for v in one.y]), lines)
+
+
+def _held_beside(run: Run) -> Panel:
+    """The quality held where cross-entropy is measured, too, and is not it."""
+    held = _held(run)
+    if run.has("val/ce") and not holds_cross_entropy(run) and held.lines:
+        return held
+    return replace(held, lines=[], optional=True, missing="no quality is held beside the cross-entropy")
+
+
+def _target(run: Run) -> Line:
+    return line(run, "target", "set_point", "step", "controller/quality_target")
 
 
 def holds_cross_entropy(run: Run) -> bool:
-    """Whether the quality that the controller holds is the cross-entropy, not FVU: whose values are its own like?
+    """Whether the quality that the controller holds is the language model's, not FVU.
 
-    >>> held = {"step": 1, "val/ce": 2.31, "train/fvu": 0.2}
-    >>> [holds_cross_entropy(Run("", {}, [held | {"controller/quality": q}])) for q in (2.3, 0.19)]
+    >>> [holds_cross_entropy(Run("", {"controller": {"quality": quality}}, [])) for quality in ("ce_gap", "fvu")]
     [True, False]
     """
-    held, ce, fvu = (run.series("step", key)[1] for key in ("controller/quality", "val/ce", "train/fvu"))
-    if not held or not ce:
-        return False
-    return not fvu or abs(median(held) - median(ce)) < abs(median(held) - median(fvu))
+    return str((run.config.get("controller") or {}).get("quality")).startswith("ce")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sparsepilot.reporting.build import absent, line, over_millions
+from sparsepilot.reporting.build import absent, line, over_millions, zeros
 from sparsepilot.reporting.figure import Band, Panel, Picture, Rule, axis
 from sparsepilot.reporting.pictures.control import knob_label
 from sparsepilot.reporting.runs import Run
@@ -44,11 +44,9 @@ def at_limit(samples: Sequence[float], flags: Sequence[float]) -> list[Band]:
 
 def _strength(run: Run, limits: Sequence[Band]) -> Panel:
     strength = line(run, "strength", "measured", "samples_M", "controller/strength", positive=True)
-    notes, missing = [], None
-    if len(strength.x) < len(run.series("samples", "controller/strength")[0]) and not strength.num_points:
-        notes = ["0 is not drawn on a log axis"]
+    notes, missing = zeros(run, "strength", "controller/strength"), None
     if not strength.x:
-        missing = absent(run, "controller/strength") or "strength was 0 throughout"
+        notes, missing = [], absent(run, "controller/strength") or "strength was 0 throughout"
     return Panel(
         "Strength",
         over_millions(run),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsepilot.reporting.build import absent, line, over_millions
+from sparsepilot.reporting.build import absent, line, over_millions, zeros
 from sparsepilot.reporting.figure import Panel, Picture, axis
 from sparsepilot.reporting.runs import Run
 
@@ -17,6 +17,7 @@ def draw(run: Run) -> Picture:
         line(run, "validation", "validation", "samples_M", "val/l0", kind="points", positive=True),
     ]
     values = [v for one in lines for v in one.y]
+    notes = zeros(run, "L0", "train/l0", "val/l0")
     return Picture(
         "l0",
         "L0 over training",
@@ -26,7 +27,8 @@ def draw(run: Run) -> Picture:
                 over_millions(run),
                 axis("L0 (active latents per row)", values, log=True),
                 [one for one in lines if one.x],
-                missing=absent(run, "train/l0"),
+                notes=notes if values else (),
+                missing=absent(run, "train/l0") or (None if values else [*notes, "no finite train/l0 in the rows"][0]),
             )
         ],
     )
