@@ -56,18 +56,21 @@ def draw_figure(picture: Picture, subtitle: str = "") -> Any:
     run_rows = -(-len(runs) // columns)
     has_keys = any(panel.title or panel.notes or _line_legend(panel, picture) for panel in picture.panels)
     has_top = any(panel.top for panel in picture.panels)
-    above = 0.52 + 0.22 * run_rows + 0.34 * has_keys + 0.46 * has_top
+    # a panel's title and more than two keys have no room side by side
+    stacked = any(panel.title and len(_line_legend(panel, picture)) > 2 for panel in picture.panels)
+    above = 0.52 + 0.22 * run_rows + 0.34 * has_keys + 0.46 * has_top + 0.22 * stacked
     height = above + panel_height + below
     panel_width = (width - left - right - gap * (num_panels - 1)) / num_panels
     figure = Figure(figsize=(width, height), facecolor=GROUND.light)
     for i, panel in enumerate(picture.panels):
         place = ((left + i * (panel_width + gap)) / width, below / height, panel_width / width, panel_height / height)
         ax = figure.add_axes(place)
-        _draw_panel(ax, panel, len(picture.run_labels))
+        _draw_panel(ax, panel, len(picture.run_labels), title_pad=6.0 + 16.0 * stacked)
         keys = _line_legend(panel, picture)
         if keys:
-            _legend(ax, keys, loc="lower right" if panel.title else "lower left", ncols=len(keys),
-                    bbox_to_anchor=(1.0 if panel.title else 0.0, 1.02))  # fmt: skip
+            beside = bool(panel.title) and not stacked
+            _legend(ax, keys, loc="lower right" if beside else "lower left", ncols=len(keys),
+                    bbox_to_anchor=(1.0 if beside else 0.0, 1.02))  # fmt: skip
     figure.text(0.18 / width, 1 - 0.31 / height, picture.title, fontsize=12.5, fontweight="bold", va="baseline")
     room = width - right - 0.18 - 0.12 * len(picture.title) - 0.2  # inches
     subtitle = tail(subtitle, int(room / 0.075))
@@ -93,14 +96,14 @@ def _legend(where: Any, entries: Sequence[tuple[str, Any]], **placing: Any) -> N
     )  # fmt: skip
 
 
-def _draw_panel(ax: Any, panel: Panel, num_runs: int) -> None:
+def _draw_panel(ax: Any, panel: Panel, num_runs: int, title_pad: float) -> None:
     ax.set_axisbelow(True)
     _set_axis(ax.xaxis, ax.set_xscale, ax.set_xlim, panel.x)
     _set_axis(ax.yaxis, ax.set_yscale, ax.set_ylim, panel.y)
     ax.set_xlabel(panel.x.label)
     ax.set_ylabel(panel.y.label)
     if panel.title:
-        ax.set_title(panel.title, loc="left", fontsize=10, fontweight="bold")
+        ax.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", pad=title_pad)
     ax.grid(visible=True, which="major", color=GRID.light, linewidth=0.8)
     ax.tick_params(which="both", color=FRAME.light, length=3.5)
     ax.tick_params(which="minor", length=2)

@@ -38,9 +38,10 @@ def figure(picture: Picture) -> dict[str, Any]:
         data += [_trace(line, x, y, picture) | {"legend": legend} for line in panel.lines]
         if not panel.lines:  # axes without a trace are not drawn
             data.append(_helper(panel, x, y))
+        inside = bool(panel.title) and len(panel.lines) > 2  # beside a title there is room for two entries
         layout[legend] = {
             "x": left + width if panel.title else left, "xanchor": "right" if panel.title else "left",
-            "y": 1, "yanchor": "bottom",
+            "y": 1, "yanchor": "top" if inside else "bottom", "orientation": "v" if inside else "h",
         }  # fmt: skip
         if panel.top is not None and panel.missing is None:
             top = f"x{num_panels + i + 1}"

@@ -49,7 +49,7 @@ function dress(picture, theme) {
     dragmode: "zoom",
   });
   for (const key of Object.keys(layout).filter((key) => key.startsWith("legend"))) {
-    Object.assign(layout[key], {orientation: "h", font: {size: 12.5}, bgcolor: "rgba(0,0,0,0)"});
+    Object.assign(layout[key], {orientation: layout[key].orientation || "h", font: {size: 12.5}, bgcolor: "rgba(0,0,0,0)"});
   }
   return {data, layout};
 }
