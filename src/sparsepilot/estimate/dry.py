@@ -25,6 +25,7 @@ class _Widths(NamedTuple):
 
     widths: Mapping[str, int]
     num_train_rows: int = NUM_ROWS
+    num_val_rows: int = NUM_ROWS
 
     def stats(self, site: str) -> SiteStats:
         """Rows of mean 0 and variance 1."""
