@@ -74,6 +74,11 @@ def absent(run: Run, key: str) -> str | None:
     return f"no {key} in the rows" + ("" if run.rows else ": the run has none yet")
 
 
+def undrawable(run: Run, key: str, notes: Sequence[str]) -> str:
+    """What a panel with a log axis says that has no line of `key`: that no row has it, or the first of its notes."""
+    return absent(run, key) or [*notes, f"no finite {key} in the rows"][0]
+
+
 def over_millions(run: Run) -> Axis:
     """Samples in millions, linear, from 0 to the budget."""
     return Axis("samples (M)", 0.0, run.budget_samples / 1e6)

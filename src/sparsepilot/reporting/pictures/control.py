@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sparsepilot.reporting.build import absent, line, over_steps, zeros
+from sparsepilot.reporting.build import absent, line, over_steps, undrawable, zeros
 from sparsepilot.reporting.figure import Line, Panel, Picture, axis
 from sparsepilot.reporting.runs import Run
 
@@ -32,7 +32,7 @@ def _sparsity(run: Run) -> Panel:
         axis("sparsity (active / all)", values, log=True),
         [one for one in lines if one.x],
         notes=notes if values else (),
-        missing=absent(run, "train/l0") or (None if values else [*notes, "no finite train/l0 in the rows"][0]),
+        missing=None if run.has("train/l0") and values else undrawable(run, "train/l0", notes),
     )
 
 

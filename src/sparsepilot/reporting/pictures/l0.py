@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsepilot.reporting.build import absent, line, over_millions, zeros
+from sparsepilot.reporting.build import line, over_millions, undrawable, zeros
 from sparsepilot.reporting.figure import Panel, Picture, axis
 from sparsepilot.reporting.runs import Run
 
@@ -28,7 +28,7 @@ def draw(run: Run) -> Picture:
                 axis("L0 (active latents per row)", values, log=True),
                 [one for one in lines if one.x],
                 notes=notes if values else (),
-                missing=absent(run, "train/l0") or (None if values else [*notes, "no finite train/l0 in the rows"][0]),
+                missing=None if run.has("train/l0") and values else undrawable(run, "train/l0", notes),
             )
         ],
     )
