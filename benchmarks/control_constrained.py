@@ -2,8 +2,9 @@
 
     python benchmarks/control_constrained.py --scratch /tmp/grid       # resumable
     python benchmarks/control_constrained.py --scratch /tmp/grid --table
+    python benchmarks/control_constrained.py --scratch /tmp/grid --model relu --samples 4915200 --d-sae 1024 --target 0.13
 
-JumpReLU on the demo cache, `controller=constrained controller.quality=fvu`. Asked, of the last third of the run: the
+Demo cache, `controller=constrained controller.quality=fvu`. Asked, of the last third of the run: the
 mean quality within 1% below the target or within 2 standard errors of it (the error of a mean of batches, from the
 spread of means over 1% of the budget), the strength off its clamps; at the end an L0 at most 10% above that of the
 frontier of constant coefficients at the same FVU on held-out rows.
@@ -17,21 +18,24 @@ from statistics import mean, stdev
 
 from control.cells import Where, interpolated, last_of, rows_of, there, words_of
 
-COEFFICIENTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     Where.arguments(parser)
     parser.add_argument("--model", default="jumprelu")
     parser.add_argument("--target", type=float, default=0.15, help="FVU of training")
+    parser.add_argument("--coefficients", nargs="+", type=float, default=[0.25, 0.5, 1.0, 2.0, 4.0, 8.0])
+    parser.add_argument("--samples", type=int, default=1_228_800)
+    parser.add_argument("--d-sae", type=int, default=2048)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args = parser.parse_args()
     where = Where.of(args)
     base, points = words_of(where, "demo", args.model), []
+    base += [f"samples={args.samples}", f"model.d_sae={args.d_sae}"]
+    run = f"demo-{args.model}" + (f"-{args.samples}" if args.samples != 1_228_800 else "")
     print("| run | L0 | FVU, held out |", "|---|---|---|", sep="\n")
-    for coefficient in COEFFICIENTS:
-        name = f"demo-{args.model}-coefficient{coefficient:g}".replace(".", "_")
+    for coefficient in args.coefficients:
+        name = f"{run}-coefficient{coefficient:g}".replace(".", "_")
         words = [*base, f"model.coefficient={coefficient}"]
         if there(where, name, words):
             last = last_of(where, name)
@@ -42,7 +46,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|", sep="\n",
     )  # fmt: skip
     for seed in args.seeds:
-        name = f"demo-{args.model}-constrained{args.target:g}-seed{seed}".replace(".", "_")
+        name = f"{run}-constrained{args.target:g}-seed{seed}".replace(".", "_")
         words = [*base, "controller=constrained", "controller.quality=fvu", f"controller.target={args.target:g}"]
         words.append(f"seed={seed}")
         if not there(where, name, words):

@@ -241,3 +241,44 @@ def test_a_plant_that_answers_sooner_and_more_strongly_than_expected_is_not_kept
     within half a lag of the loop. It ends at the target, with what is left of a swing inside 4%."""
     plant.dead_time = dead_time
     assert_settles(run(plant, 1.0)[1])
+
+
+def calm(plant: Simulated, num_steps: int) -> L0Target:
+    """A controller that has held the plant at its target for a while."""
+    controller = L0Target(target_l0=plant.target)
+    controller.bind(penalty(plant.right, num_steps))
+    errors = [math.log(l0 / plant.target) for l0 in drive(controller, plant, STEPS)]
+    assert max(map(abs, lag_means(errors)[-STEPS // 5 :])) < 0.05
+    return controller
+
+
+upset_plants = st.builds(Simulated, **{**BASE, "gain": log_range(0.5, 4), "lag": st.floats(5, 20)}, noise=st.just(0.01))
+
+
+@law
+@given(upset_plants, st.sampled_from([0.01, 100.0]))
+def test_a_strength_that_something_else_has_changed_goes_back_to_what_held_before(
+    plant: Simulated, factor: float
+) -> None:
+    """Within 10 lags, and without swinging to the other side by more than a fifth."""
+    controller = calm(plant, 2 * STEPS)
+    held = controller.strength
+    controller.disturb(factor)
+    after = lag_means([math.log(l0 / plant.target) for l0 in drive(controller, plant, STEPS, first=STEPS)])
+    away = math.copysign(1.0, math.log(factor))  # what is too strong makes L0 fall
+    assert max(-away * e for e in after) > 0.2
+    assert max(away * e for e in after) < math.log(1.2)
+    assert max(n for n, e in enumerate(after) if abs(e) > 0.05) <= 10 * LAG_STEPS
+    assert controller.strength == pytest.approx(held, rel=0.1)
+
+
+@law
+@given(upset_plants, st.sampled_from([0.1, 10.0]))
+def test_a_plant_that_has_changed_for_good_is_not_steered_as_the_old_one(plant: Simulated, factor: float) -> None:
+    """What held before does not hold any more: it is tried once, and not again."""
+    controller = calm(plant, 2 * STEPS)
+    plant.right *= factor
+    after = lag_means([math.log(l0 / plant.target) for l0 in drive(controller, plant, STEPS, first=STEPS)])
+    assert max(map(abs, after)) > 0.2
+    assert max(n for n, e in enumerate(after) if abs(e) > 0.05) <= SETTLED_AFTER * LAG_STEPS
+    assert controller.strength == pytest.approx(plant.right, rel=0.1)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Literal, Unpack
+from typing import Annotated, Any, Literal, Unpack
 
 from pydantic import Field, PositiveFloat
 
 from sparsepilot.controllers.base import Measured, Plant
 from sparsepilot.controllers.closed_loop import ClosedLoop
-from sparsepilot.controllers.l0_loop import FEWEST, L0Loop, LoopSettings, lowest_l0
-from sparsepilot.controllers.laws import average, clamp, keep_of
+from sparsepilot.controllers.l0_loop import BEGIN, FEWEST, L0Loop, LoopSettings, as_lists, as_tuples, lowest_l0
+from sparsepilot.controllers.laws import GainEstimate, average, clamp, keep_of
+from sparsepilot.controllers.seek import Seek, SeekGains, seek_step
 from sparsepilot.errors import ConfigError
 
 WAITING = 1e-3
@@ -21,6 +22,9 @@ FARTHEST = 1.0
 """Nats that the set point may be away from the L0 that there is."""
 FARTHEST_AT_ONCE = 0.5
 """Nats by which one measurement may move it: measured seldom, the loop would swing from too dense to too sparse."""
+RESPOND, RESPOND_LAGS, RESPOND_MEASURED = 0.02, 4.0, 3.0
+"""Share of the budget, lags of the inner loop and spans between measurements, whichever is longest, in which a
+violation shrinks by a factor of e."""
 DEFAULT_FVU = 0.1
 HOPELESS_AFTER = 0.125
 """Share of the budget, after waiting, in which the target must have been met once."""
@@ -29,11 +33,10 @@ HOPELESS_AFTER = 0.125
 class Constrained(ClosedLoop):
     """Maximises sparsity subject to quality <= target, in the manner of GECO (Rezende & Viola 2018, arXiv 1810.00597).
 
-        d ln L0* / dn = rate * v,   v = ln(excess / allowed excess), counted from -1 to 1
-
-    where `rate` is `climb` while the target is met and `recover` while it is not, in nats per 1% of the budget. Excess:
-    the cross-entropy above the clean model's, or the FVU. Both fall about as a power of L0, so in logarithms the loop
-    has one gain over the whole way. The inner loop (`L0Loop`) brings L0 to L0*.
+    ln L0* moves in proportion to v = ln(excess / allowed excess), plus what keeps v where it is (`seek.seek_step`): the
+    dictionary gets better all the way, so the L0 that the target allows goes on falling. Excess: the cross-entropy
+    above the clean model's, or the FVU. Both fall about as a power of L0, whose exponent is learned. The inner loop
+    (`L0Loop`) brings L0 to L0*.
 
     It moves only when a new measurement has arrived, by the samples since the last.
 
@@ -42,14 +45,14 @@ class Constrained(ClosedLoop):
             (cross_entropy=spliced, best measured often) `ce`, its cross-entropy in nats per token, `ce_increase`, the
             same above the clean model's, or `ce_gap`, that increase as a share of the mean-ablated model's.
         target: what it may be at most; None: 0.1 for `fvu`, and not to be left out for the others.
-        wait: share of the budget for which a penalty stays near 0, a k where it starts. After it a penalty goes on from
-            there, or from `initial_strength` where one is given.
-        climb: nats of ln L0* per 1% of the budget, towards sparser.
-        recover: the same, towards denser.
+        wait: share of the budget for which a penalty stays near 0, a k where it starts. After it a penalty begins where
+            `l0_target` does, or at `initial_strength` where one is given.
+        climb: nats that ln L0* falls by at most per 1% of the budget.
+        recover: nats that it rises by at most.
         loop: settings of the inner loop.
     """
 
-    own_state = ("strength", "_set_point", "_value", "_wanted", "_moved_at", "_best", "_said", "_begin")
+    own_state = ("strength", "_set_point", "_value", "_wanted", "_moved_at", "_best", "_said", "_begin", "_answer")
 
     def __init__(
         self,
@@ -84,6 +87,8 @@ class Constrained(ClosedLoop):
             self._rest()
         self._value: float | None = None
         self._wanted: float | None = self.target if self.quality in ("fvu", "ce") else None
+        self._answer: float | None = None
+        self._seek = Seek()
         self._moved_at = 0
         self._begin: float | None = None  # once the wait is over, it is over under a longer budget, too
         self._best: float | None = None
@@ -97,17 +102,19 @@ class Constrained(ClosedLoop):
             self._begin = self.wait * self.plant.total_samples
         waiting = self._begin is None
         if self.quality == "fvu" and math.isfinite(measured.fvu):
-            over = self.loop.lag
-            self._value = average(self._value, measured.fvu, keep_of(self.plant.batch, over))
-            self._measured(math.log(max(self._value, 1e-12) / self._target()), self._value, samples)
+            keep = keep_of(self.plant.batch, self.loop.lag)
+            self._value = average(self._value, measured.fvu, keep)
+            # averaged alike, so that the one belongs to the other
+            self._answer = average(self._answer, math.log(max(measured.l0 * self.loop.ratio, FEWEST)), keep)
+            self._measured(math.log(max(self._value, 1e-12) / self._target()), self._value, self._answer, samples)
         if self._set_point is None or (waiting and self.plant.kind == "penalty"):
             self._set_point = max(measured.l0, FEWEST)
             self.loop.step(measured, self._set_point, self._set_point)
             self._rest()
         else:
             self.strength = self.loop.step(measured, self._set_point, self._set_point)
-        if ends and self.plant.kind == "penalty" and self.loop.initial_strength:
-            self.loop.put(self.loop.initial_strength)
+        if ends and self.plant.kind == "penalty":
+            self.loop.put(self.loop.initial_strength or BEGIN * self.plant.initial)
             self.strength = self.loop.strength
         return self.strength
 
@@ -130,14 +137,16 @@ class Constrained(ClosedLoop):
                 best = ce if self._best is None else min(self._best, ce)
                 self._warn(f"lies below the clean model's own {clean:.4g}; the best value seen is {best:.4g}")
             # an increase of 0 or less has no logarithm: it is as good as can be
-            self._measured(math.log(max(ce - clean, 1e-12) / allowed) if allowed > 0 else 1.0, ce, samples)
+            violation = math.log(max(ce - clean, 1e-12) / allowed) if allowed > 0 else 1.0
+            answer = None if self.loop.l0 is None else math.log(max(self.loop.l0, FEWEST))
+            self._measured(violation, ce, answer, samples)
         return {}
 
     def _target(self) -> float:
         assert self._wanted is not None
         return self._wanted
 
-    def _measured(self, violation: float, value: float, samples: int) -> None:
+    def _measured(self, violation: float, value: float, answer: float | None, samples: int) -> None:
         """A new measurement: moves the set point by the samples since the last one."""
         total = self.plant.total_samples
         self._best = value if self._best is None else min(self._best, value)
@@ -146,14 +155,14 @@ class Constrained(ClosedLoop):
             self._warn(f"is not met by any L0 so far; the best value seen is {self._best:.4g}")
         passed = max(0.0, samples - max(self._moved_at, begin))
         self._moved_at = samples
-        if self._set_point is None or passed == 0.0:
+        if self._set_point is None or answer is None or passed == 0.0:
             return
-        v = clamp(violation, -1.0, 1.0)
-        rate = (self.recover if v > 0 else self.climb) / (0.01 * total)
-        wanted = math.log(self._set_point) + clamp(rate * passed, 0.0, FARTHEST_AT_ONCE) * v
-        if self.loop.l0:
-            here = math.log(max(self.loop.l0, FEWEST))
-            wanted = clamp(wanted, here - FARTHEST, here + FARTHEST)
+        percent, lag = 0.01 * total, self.loop.lag
+        respond = max(RESPOND * total, RESPOND_LAGS * lag, RESPOND_MEASURED * passed)
+        gains = SeekGains(respond, self.climb / percent, self.recover / percent, lag)
+        before = math.log(self._set_point)
+        self._seek, move = seek_step(self._seek, before, answer, violation, passed, gains)
+        wanted = clamp(before + clamp(move, -FARTHEST_AT_ONCE, FARTHEST_AT_ONCE), answer - FARTHEST, answer + FARTHEST)
         self._set_point = clamp(math.exp(wanted), lowest_l0(self.plant), self.plant.d_sae)
 
     def _warn(self, why: str) -> None:
@@ -162,6 +171,14 @@ class Constrained(ClosedLoop):
                 f"controller.target = {self.target:g} ({self.quality}), here {self._target():.4g}, {why}", stacklevel=1
             )
             self._said = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "seek": as_lists(self._seek)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        drift, response = as_tuples(state["seek"])
+        self._seek = Seek(drift, GainEstimate(*response))
 
     def readings(self) -> dict[str, float]:
         readings = super().readings()

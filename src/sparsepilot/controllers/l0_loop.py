@@ -10,12 +10,12 @@ from pydantic import PositiveFloat
 
 from sparsepilot.controllers.base import KNOB_FIELDS, Measured, Plant
 from sparsepilot.controllers.laws import PI, GainEstimate, Gains, average, clamp, estimate_gain, keep_of, pi_step
+from sparsepilot.controllers.upset import CREEP, Calm, Upset, upset_step
 from sparsepilot.errors import ConfigError
 
 COHERENT = 0.9
-"""Share of the thresholds' motion in one direction from which on they count as running at their limit,"""
-CREEP = 0.02
-"""where L0 follows by so many nats in a lag: a wide kernel's weights may undo it all, and want more strength."""
+"""Share of the thresholds' motion in one direction from which on they count as running at their limit, where L0 follows
+by CREEP nats in a lag: a wide kernel's weights may undo it all, and want more strength."""
 FEWEST = 1e-3
 """L0 that stands for none at all, where its logarithm is needed."""
 SMOOTH, SLOPE_OVER, RATIO_OVER = 0.1, 0.5, 1.0
@@ -53,11 +53,14 @@ SOFTEST = 10.0
 """Most that P is divided by for noise, and the gain, but for 1, for a swing: a jump is neither, and soon forgotten."""
 LEAST, OUTLIER = 0.01**2, 9.0
 """Variance of noise that always counts as ordinary; how many times the usual one a single deviation counts at most."""
+FORCE = 4.0
+"""Times as strong that P is while L0 is brought back from an upset."""
 RATE = 10.0
 """Nats that ln(strength) moves at most in a lag."""
 STATE = (
     "strength", "_pi", "_estimate", "_mean_l0", "_mean_set_point", "_slow_error", "_train_error", "_log_ratio",
     "_error", "_slewing", "_steps", "_swing", "_noise", "_validations", "_start",
+    "_upset",
 )  # fmt: skip
 
 
@@ -153,6 +156,7 @@ class L0Loop:
         self._slewing = False
         self._swing = (0.0, 0.0)
         self._noise: tuple[float, float | None, float | None] = (0.0, None, None)
+        self._upset = Upset()
         self._steps = 0
         if plant.kind == "penalty":
             self.strength = self._faded_in()
@@ -206,16 +210,26 @@ class L0Loop:
         runs = math.copysign(1.0, self._error) * measured.coherence > COHERENT
         self._slewing = runs and abs(self._error) - abs(in_a_lag) > CREEP
         self._approach_start(in_a_lag, batch, lag)
-        noise = self._noise_of(error_of_step, batch, lag)
-        proportional = self._proportional / self._estimate.gain / self._soften(noise, batch, lag)
-        quieter = clamp(proportional * noise / self._most_noise, 1.0, SOFTEST)
+        errors = (self._error, self._slow_error, in_a_lag)
+        set_point = math.log(self._mean_set_point)
+        self._upset, back_to = upset_step(self._upset, set_point, errors, self._pi.output, batch, lag)
+        if back_to is not None:
+            self._pi = self._pi._replace(integral=back_to, drift=0.0)
+        upset = self._upset.left > 0
+        noise, proportional = self._noise_of(error_of_step, batch, lag), self._proportional / self._estimate.gain
+        soften = self._soften(noise, batch, lag)
+        if self._upset.side:
+            proportional, quieter = FORCE * proportional, 1.0
+        else:
+            proportional /= soften
+            quieter = clamp(proportional * noise / self._most_noise, 1.0, SOFTEST)
         gains = self._gains._replace(
             proportional=proportional / quieter, integral_samples=self._gains.integral_samples / quieter
         )
-        if in_a_lag < COLLAPSING and in_a_lag < self._error - FALLING:
+        if not upset and in_a_lag < COLLAPSING and in_a_lag < self._error - FALLING:
             integral = clamp(self._pi.integral - BRAKE * batch / lag, gains.low, gains.high)
             self._pi = self._pi._replace(integral=integral, drift=0.0)
-        hold = self._slewing or in_a_lag * self._error < 0
+        hold = self._slewing or upset or in_a_lag * self._error < 0
         self._pi = pi_step(self._pi, self._error, batch, gains, hold=hold)
         self._steps += 1
         self.strength = self._faded_in()
@@ -261,6 +275,7 @@ class L0Loop:
         """Puts a penalty where an outer law wants it; the loop goes on from there without a jump."""
         u = math.log(clamp(strength, self._low, self._high))
         self._pi, self._start = PI(u, u), (0.0, 0.0)
+        self._upset = Upset()
         self.strength = math.exp(u)
 
     def disturb(self, factor: float) -> None:
@@ -317,18 +332,22 @@ class L0Loop:
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, and lists of them."""
-        return {name: _lists(getattr(self, name)) for name in STATE}
+        return {name: as_lists(getattr(self, name)) for name in STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         for name in STATE:
-            setattr(self, name, _tuples(state[name]))
+            setattr(self, name, as_tuples(state[name]))
         self._pi, self._estimate = PI(*self._pi), GainEstimate(*self._estimate)
+        calm, side, left = self._upset
+        self._upset = Upset(Calm(*calm), side, left)
 
 
-def _lists(value: Any) -> Any:
-    return [_lists(part) for part in value] if isinstance(value, tuple) else value
+def as_lists(value: Any) -> Any:
+    """Tuples, within each other, too, as a state dict holds them."""
+    return [as_lists(part) for part in value] if isinstance(value, tuple) else value
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
+def as_tuples(value: Any) -> Any:
+    """The inverse of `as_lists`."""
+    return tuple(as_tuples(part) for part in value) if isinstance(value, list) else value

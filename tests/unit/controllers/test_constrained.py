@@ -68,7 +68,7 @@ plants = st.one_of(
     st.builds(KPlant),
     st.builds(Simulated, gain=st.floats(0.5, 4), lag=st.floats(5, 20), right=st.floats(0.01, 10), noise=st.just(0.01)),
 )
-closing = settings(derandomize=True, deadline=None, max_examples=8, phases=[Phase.generate])
+closing = settings(derandomize=True, deadline=None, max_examples=12, phases=[Phase.generate])
 
 
 @closing
@@ -133,11 +133,11 @@ def test_it_moves_at_a_measurement_alone_by_the_samples_since_the_last() -> None
     many = moved(ready(quality="ce_increase", target=0.1), CLEAN + 0.09, start + 40 * BATCH)
     assert few < 0
     assert many == pytest.approx(4 * few)
-    # the sum of two measurements is one of both spans, and the same moment counts once
+    # the sum of two measurements is about one of both spans (the drift learns at each), and the same moment counts once
     twice = ready(quality="ce_increase", target=0.1)
     parts = [moved(twice, CLEAN + 0.09, start + n * BATCH) for n in (10, 40, 40)]
     assert parts[2] == 0
-    assert sum(parts) == pytest.approx(many)
+    assert sum(parts) == pytest.approx(many, rel=0.05)
 
 
 def test_it_recovers_faster_than_it_climbs_at_the_rates_that_the_user_names() -> None:

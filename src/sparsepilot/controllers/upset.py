@@ -1,0 +1,108 @@
+"""What the inner loop does when something has happened to a run that was calm. Pure functions of numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+
+class Calm(NamedTuple):
+    """What the output was while the loop kept to a set point that stood still, so that it can go back there."""
+
+    set_point: float = math.inf
+    """ln of the set point when it became calm"""
+    samples: float = 0.0
+    """of the span that is being averaged"""
+    total: float = 0.0
+    """of output times samples in it"""
+    pending: float | None = None
+    """the mean over the span before: it counts once the loop has stayed calm for a span more"""
+    output: float | None = None
+    """the last mean that counted"""
+
+
+def calm_step(state: Calm, set_point: float, error: float, output: float, samples: float, span: float) -> Calm:
+    """One step of that memory. What disturbs the loop shows in the error later than in the output, which is why a
+    span's mean counts only once the next span is over, too. Of another set point nothing is known.
+
+    >>> state = Calm()
+    >>> for n in range(100):
+    ...     state = calm_step(state, 3.5, 0.01, 3.0, 1, span=20)
+    >>> for n in range(15):                                        # the output jumps, the error follows after 5 steps
+    ...     state = calm_step(state, 3.5, 0.01 if n < 5 else -0.9, 7.0, 1, span=20)
+    >>> state.output
+    3.0
+    >>> calm_step(state, 3.0, 0.5, 7.0, 1, span=20).output is None
+    True
+    """
+    if abs(set_point - state.set_point) > CALM:
+        state = Calm(set_point)
+    if abs(error) >= CALM:
+        return Calm(state.set_point, output=state.output)
+    since, total = state.samples + samples, state.total + output * samples
+    if since < span:
+        return state._replace(samples=since, total=total)
+    return Calm(state.set_point, 0.0, 0.0, total / since, state.output if state.pending is None else state.pending)
+
+
+CALM = 0.1
+"""Largest error that counts as keeping to the set point, and the most that this may have moved."""
+
+
+class Upset(NamedTuple):
+    """State of `upset_step`."""
+
+    calm: Calm = Calm()
+    side: float = 0.0
+    """sign of the error while L0 is being brought back, else 0"""
+    left: float = 0.0
+    """samples for which the integral stays where it is"""
+
+
+def upset_step(
+    state: Upset, set_point: float, errors: tuple[float, float, float], output: float, samples: float, lag: float
+) -> tuple[Upset, float | None]:
+    """Whether something has happened, and whether it is over: a learning rate that jumped, other data, thresholds that
+    were moved, a strength that somebody changed.
+
+    The plant is mostly still the one that it was. So the integral goes back, once, to what held while it was calm, and
+    stays there while L0 comes back; that it has not come nearer for PATIENCE lags means that the plant is another one.
+    For AFTERWARDS lags more the integral stays, as L0 still moves from having been brought back.
+
+    Args:
+        state: of the step before.
+        set_point: ln of it.
+        errors: ln(L0 / L0*): now; averaged over half a lag or so; and as it will be in a lag at its present pace.
+        output: ln(strength).
+        samples: since the step before.
+        lag: of the loop, in samples.
+
+    Returns:
+        The state, and what the integral is to go back to in this step, if at all.
+
+    >>> state = Upset()
+    >>> for n in range(60):
+    ...     state, back_to = upset_step(state, 3.5, (0.0, 0.0, 0.0), -1.0, 1, lag=20)
+    >>> state, back_to = upset_step(state, 3.5, (-0.5, -0.3, -0.9), -1.0, 1, lag=20)
+    >>> back_to, state.side, state.left
+    (-1.0, -1.0, 80.0)
+    >>> state, back_to = upset_step(state, 3.5, (0.1, -0.1, 0.3), -3.0, 1, lag=20)
+    >>> back_to, state.side, state.left
+    (None, 0.0, 40.0)
+    """
+    error, slow, in_a_lag = errors
+    calm, side, left = calm_step(state.calm, set_point, slow, output, samples, lag), state.side, state.left
+    back_to = calm.output if abs(slow) > UPSET else None
+    if back_to is not None:
+        calm, side, left = Calm(), math.copysign(1.0, slow), PATIENCE * lag
+    elif not side or abs(error) - abs(in_a_lag) <= CREEP:
+        left = max(0.0, left - samples)
+    if side * error < 0:
+        side, left = 0.0, AFTERWARDS * lag
+    return Upset(calm, side if left else 0.0, left), back_to
+
+
+UPSET, CREEP = 0.2, 0.02
+"""Error after a calm time from which on something has happened, and how much nearer counts as coming back, in a lag."""
+PATIENCE, AFTERWARDS = 4.0, 2.0
+"""In lags."""
