@@ -2,7 +2,7 @@
 
     python benchmarks/control_constrained.py --scratch /tmp/grid       # resumable
     python benchmarks/control_constrained.py --scratch /tmp/grid --table
-    python benchmarks/control_constrained.py --scratch /tmp/grid --model relu --samples 4915200 --d-sae 1024 --target 0.13
+    python benchmarks/control_constrained.py --scratch /tmp/grid --model relu --samples 4915200 --target 0.13
 
 Demo cache, `controller=constrained controller.quality=fvu`. Asked, of the last third of the run: the
 mean quality within 1% below the target or within 2 standard errors of it (the error of a mean of batches, from the
