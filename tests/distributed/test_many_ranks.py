@@ -36,6 +36,13 @@ CASES: dict[str, tuple[str, ...]] = {
         *("model=jumprelu", "model/revival=aux_k", "model.threshold=2"),  # so high that some latents never fire
         *("controller=l0_target", "controller.target_l0=1"),
     ),
+    "as sparse as FVU allows": (
+        *("model=relu", "controller=constrained", "controller.target=0.8", "controller.wait=0.1"),
+        *("controller.climb=3", "controller.recover=3", "controller.lag_steps=2"),
+    ),
+    "through a frontier": (
+        *("model=relu", "controller=pareto", "controller.targets=[16,8]", "controller.lag_steps=2"),
+    ),
     "jumprelu tanh": ("model=jumprelu", "model.recipe=tanh", "model/revival=pre_activation"),
     "gated": ("model=gated", "model/revival=aux_k"),
     "relu": ("model=relu", "controller=ramp"),

@@ -10,12 +10,13 @@ from pydantic import PositiveFloat
 
 from sparsepilot.controllers.base import KNOB_FIELDS, Measured, Plant
 from sparsepilot.controllers.laws import PI, GainEstimate, Gains, average, clamp, estimate_gain, keep_of, pi_step
-from sparsepilot.controllers.upset import CREEP, Calm, Upset, upset_step
+from sparsepilot.controllers.upset import Calm, Upset, upset_step
 from sparsepilot.errors import ConfigError
 
 COHERENT = 0.9
-"""Share of the thresholds' motion in one direction from which on they count as running at their limit, where L0 follows
-by CREEP nats in a lag: a wide kernel's weights may undo it all, and want more strength."""
+"""Share of the thresholds' motion in one direction from which on they count as running at their limit,"""
+CREEP = 0.02
+"""where L0 follows by so many nats in a lag: a wide kernel's weights may undo it all, and want more strength."""
 FEWEST = 1e-3
 """L0 that stands for none at all, where its logarithm is needed."""
 SMOOTH, SLOPE_OVER, RATIO_OVER = 0.1, 0.5, 1.0
@@ -53,8 +54,8 @@ SOFTEST = 10.0
 """Most that P is divided by for noise, and the gain, but for 1, for a swing: a jump is neither, and soon forgotten."""
 LEAST, OUTLIER = 0.01**2, 9.0
 """Variance of noise that always counts as ordinary; how many times the usual one a single deviation counts at most."""
-FORCE = 4.0
-"""Times as strong that P is while L0 is brought back from an upset."""
+FORCE = {False: 4.0, True: 8.0}
+"""Times as strong that P is while L0 is brought back from an upset: of a plant that follows; of one that integrates."""
 RATE = 10.0
 """Nats that ln(strength) moves at most in a lag."""
 STATE = (
@@ -210,16 +211,17 @@ class L0Loop:
         runs = math.copysign(1.0, self._error) * measured.coherence > COHERENT
         self._slewing = runs and abs(self._error) - abs(in_a_lag) > CREEP
         self._approach_start(in_a_lag, batch, lag)
-        errors = (self._error, self._slow_error, in_a_lag)
         set_point = math.log(self._mean_set_point)
-        self._upset, back_to = upset_step(self._upset, set_point, errors, self._pi.output, batch, lag)
-        if back_to is not None:
-            self._pi = self._pi._replace(integral=back_to, drift=0.0)
+        self._upset, integral = upset_step(
+            self._upset, set_point, self._error, self._slow_error, self._pi.output, batch, lag
+        )
+        if integral is not None:
+            self._pi = self._pi._replace(integral=integral, drift=0.0)
         upset = self._upset.left > 0
         noise, proportional = self._noise_of(error_of_step, batch, lag), self._proportional / self._estimate.gain
         soften = self._soften(noise, batch, lag)
         if self._upset.side:
-            proportional, quieter = FORCE * proportional, 1.0
+            proportional, quieter = FORCE[self.plant.integrates] * proportional, 1.0
         else:
             proportional /= soften
             quieter = clamp(proportional * noise / self._most_noise, 1.0, SOFTEST)
@@ -339,8 +341,8 @@ class L0Loop:
         for name in STATE:
             setattr(self, name, as_tuples(state[name]))
         self._pi, self._estimate = PI(*self._pi), GainEstimate(*self._estimate)
-        calm, side, left = self._upset
-        self._upset = Upset(Calm(*calm), side, left)
+        calm, *rest = self._upset
+        self._upset = Upset(Calm(*calm), *rest)
 
 
 def as_lists(value: Any) -> Any:

@@ -36,12 +36,12 @@ def seek_step(
 
         a = ln L0 + v / b                                the L0 that the target allows, as far as can be told from here
         d ln L0* / dn = (a - ln L0*) / respond_samples + D
-        dD / dn = (a - ln L0*) / (LEARN * respond_samples^2)
+        dD / dn = v / b / (LEARN * respond_samples^2)
 
     between -climb and recover. b, by how much ln(excess) falls per nat of L0, is learned from what both have lately
     done together. As a is reckoned from the L0 that there is, the time that L0 takes to follow its set point does not
     make the loop swing. D learns how fast a moves along with training, which a law without it would follow at a
-    distance; far from a, and at a limit of the speed, it stands still.
+    distance, as it does what L0 lacks to its set point; far from a, and at a limit of the speed, it stands still.
 
     Args:
         state: of the measurement before.
@@ -62,12 +62,13 @@ def seek_step(
     near = clamp(violation, -NEAR, NEAR)  # far from the target the power is another one
     # seldom measured, the averages are to reach over some measurements
     response = estimate_gain(state.response, answer, near / LEAST_RESPONSE, samples, max(gains.lag, samples))
-    away = answer + clamp(violation, -1.0, 1.0) / (LEAST_RESPONSE * response.gain) - set_point
+    lacking = clamp(violation, -1.0, 1.0) / (LEAST_RESPONSE * response.gain)
+    away = answer + lacking - set_point
     wanted = away * samples / gains.respond_samples + state.drift * samples
     move = clamp(wanted, -gains.climb * samples, gains.recover * samples)
     drift = state.drift
     if abs(away) <= LEARNS and move == wanted:
-        drift += away * samples / (LEARN * gains.respond_samples**2)
+        drift += lacking * samples / (LEARN * gains.respond_samples**2)
     return Seek(clamp(drift, -gains.climb, gains.recover), response), move
 
 

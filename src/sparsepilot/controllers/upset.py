@@ -55,54 +55,64 @@ class Upset(NamedTuple):
     calm: Calm = Calm()
     side: float = 0.0
     """sign of the error while L0 is being brought back, else 0"""
+    mark: float = 0.0
+    """size of the error when it was last seen to shrink"""
     left: float = 0.0
     """samples for which the integral stays where it is"""
 
 
 def upset_step(
-    state: Upset, set_point: float, errors: tuple[float, float, float], output: float, samples: float, lag: float
+    state: Upset, set_point: float, error: float, slow: float, output: float, samples: float, lag: float
 ) -> tuple[Upset, float | None]:
     """Whether something has happened, and whether it is over: a learning rate that jumped, other data, thresholds that
     were moved, a strength that somebody changed.
 
     The plant is mostly still the one that it was. So the integral goes back, once, to what held while it was calm, and
-    stays there while L0 comes back; that it has not come nearer for PATIENCE lags means that the plant is another one.
-    For AFTERWARDS lags more the integral stays, as L0 still moves from having been brought back.
+    stays there while L0 comes back. Where that has come no nearer for PATIENCE lags the plant is another one: the
+    integral goes on from what the strength is by then. When L0 is back the integral stays for AFTERWARDS lags more, as
+    L0 still moves from having been brought there.
 
     Args:
         state: of the step before.
         set_point: ln of it.
-        errors: ln(L0 / L0*): now; averaged over half a lag or so; and as it will be in a lag at its present pace.
+        error: ln(L0 / L0*).
+        slow: the same, averaged over half a lag or so.
         output: ln(strength).
         samples: since the step before.
         lag: of the loop, in samples.
 
     Returns:
-        The state, and what the integral is to go back to in this step, if at all.
+        The state, and what the integral is to be from this step on, if something else than it was.
 
     >>> state = Upset()
     >>> for n in range(60):
-    ...     state, back_to = upset_step(state, 3.5, (0.0, 0.0, 0.0), -1.0, 1, lag=20)
-    >>> state, back_to = upset_step(state, 3.5, (-0.5, -0.3, -0.9), -1.0, 1, lag=20)
-    >>> back_to, state.side, state.left
+    ...     state, integral = upset_step(state, 3.5, 0.0, 0.0, -1.0, 1, lag=20)
+    >>> state, integral = upset_step(state, 3.5, -0.5, -0.3, -1.0, 1, lag=20)
+    >>> integral, state.side, state.left                               # something has happened: back to -1
     (-1.0, -1.0, 80.0)
-    >>> state, back_to = upset_step(state, 3.5, (0.1, -0.1, 0.3), -3.0, 1, lag=20)
-    >>> back_to, state.side, state.left
+    >>> back, integral = upset_step(state, 3.5, 0.1, -0.1, -3.0, 1, lag=20)
+    >>> integral, back.side, back.left                                 # L0 is back
     (None, 0.0, 40.0)
+    >>> for n in range(80):
+    ...     state, integral = upset_step(state, 3.5, -0.5, -0.5, -3.0, 1, lag=20)
+    >>> integral, state.side, state.left                               # it does not come back: on from -3
+    (-3.0, 0.0, 0.0)
     """
-    error, slow, in_a_lag = errors
-    calm, side, left = calm_step(state.calm, set_point, slow, output, samples, lag), state.side, state.left
-    back_to = calm.output if abs(slow) > UPSET else None
-    if back_to is not None:
-        calm, side, left = Calm(), math.copysign(1.0, slow), PATIENCE * lag
-    elif not side or abs(error) - abs(in_a_lag) <= CREEP:
-        left = max(0.0, left - samples)
+    calm, (_, side, mark, left) = calm_step(state.calm, set_point, slow, output, samples, lag), state
+    if abs(slow) > UPSET and calm.output is not None:
+        return Upset(Calm(), math.copysign(1.0, slow), abs(slow), PATIENCE * lag), calm.output
+    if not side:
+        return Upset(calm, left=max(0.0, left - samples)), None
     if side * error < 0:
-        side, left = 0.0, AFTERWARDS * lag
-    return Upset(calm, side if left else 0.0, left), back_to
+        return Upset(calm, left=AFTERWARDS * lag), None
+    if abs(slow) < NEARER * mark:
+        return Upset(calm, side, abs(slow), PATIENCE * lag), None
+    if left <= samples:
+        return Upset(calm), output
+    return Upset(calm, side, mark, left - samples), None
 
 
-UPSET, CREEP = 0.2, 0.02
-"""Error after a calm time from which on something has happened, and how much nearer counts as coming back, in a lag."""
+UPSET, NEARER = 0.2, 0.9
+"""Error after a calm time from which on something has happened, and what is left of it when it has come nearer."""
 PATIENCE, AFTERWARDS = 4.0, 2.0
 """In lags."""

@@ -214,11 +214,18 @@ def test_another_model_of_the_same_name_is_refused(
         train(compose_cfg(*overrides(moved)))
 
 
-@pytest.mark.slow  # four starts of train.py with a language model
+STEERED = (
+    "model=batchtopk", "controller=constrained", "controller.quality=ce_increase", "controller.target=0.02",
+    "controller.wait=0.1", "controller.lag_steps=1",
+)  # fmt: skip
+
+
+@pytest.mark.slow  # eight starts of train.py with a language model
+@pytest.mark.parametrize("steered", [False, True], ids=["measured", "steered"])
 def test_killed_between_two_measurements_it_ends_with_equal_bits(
-    overrides: Overrides, warm: Warm, tmp_path: Path
+    overrides: Overrides, warm: Warm, tmp_path: Path, steered: bool
 ) -> None:
-    saving = ("callbacks.checkpoint_every_samples=768", "threads=1")
+    saving = ("callbacks.checkpoint_every_samples=768", "threads=1", *(STEERED if steered else ()))
     whole, broken = (["train.py", *overrides(*saving, f"run_dir={tmp_path}/{name}")] for name in ("whole", "broken"))
     assert warm(whole, {}).code == 0
     # killed in step 12, after the measurements of steps 10 and 8, and in the measurement's own row of step 14
@@ -229,6 +236,10 @@ def test_killed_between_two_measurements_it_ends_with_equal_bits(
     assert ended.code == 0, ended.out
     assert "cross-entropy (validation)" in ended.out
     assert run_differences(tmp_path / "whole", tmp_path / "broken") == []
+    if steered:  # from one measurement to the next the set point has moved
+        rows = [row for row in read_rows(tmp_path / "broken" / "metrics.jsonl") if "controller/quality" in row]
+        assert len({row["controller/quality"] for row in rows}) >= 6
+        assert len({round(row["controller/target"], 6) for row in rows}) >= 6
 
 
 @pytest.mark.slow  # two processes
