@@ -112,7 +112,7 @@ def upset_step(
     return Upset(calm, side, mark, left - samples), None
 
 
-UPSET, NEARER = 0.2, 0.9
+UPSET, NEARER = 0.2, 0.7
 """Error after a calm time from which on something has happened, and what is left of it when it has come nearer."""
 PATIENCE, AFTERWARDS = 4.0, 2.0
 """In lags."""
