@@ -138,6 +138,8 @@ def estimate_gain(state: GainEstimate, output: float, answer: float, samples: fl
     mean_u, mean_y = average(state.means[0], felt, keep), average(state.means[1], answer, keep)
     mean_du, mean_dy = average(state.means[2], felt - mean_u, keep), average(state.means[3], answer - mean_y, keep)
     du, dy = felt - mean_u - mean_du, answer - mean_y - mean_dy
+    if abs(dy) > JUMP:
+        return GainEstimate()
     forget = (1 - keep) * du * du / (du * du + DOUBT)  # where nothing moves there is nothing to learn, and to forget
     covariance = average(state.covariance, du * dy, 1 - forget)
     variance = average(state.variance, du * du, 1 - forget)
@@ -147,6 +149,8 @@ def estimate_gain(state: GainEstimate, output: float, answer: float, samples: fl
 
 FELT_AFTER, OVER = 0.75, 5.0
 """In lags: what the plant feels of the output, and what the estimate averages over."""
+JUMP = 5.0
+"""Nats that no strength moves L0 by in that time: a measurement gone wrong, of which nothing is to be remembered."""
 DOUBT = 0.05**2
 """Variance of ln(strength) that counts as no movement."""
 GAIN_RANGE = (1.0, 20.0)
