@@ -282,3 +282,19 @@ def test_a_plant_that_has_changed_for_good_is_not_steered_as_the_old_one(plant: 
     assert max(map(abs, after)) > 0.2
     assert max(n for n, e in enumerate(after) if abs(e) > 0.05) <= SETTLED_AFTER * LAG_STEPS
     assert controller.strength == pytest.approx(plant.right, rel=0.1)
+
+
+@law
+@given(st.builds(Simulated, **{**BASE, "gain": log_range(0.5, 3)}), log_range(0.002, 0.02), log_range(0.8, 1.25))
+def test_thresholds_that_were_moved_come_back_and_stay(plant: Simulated, pace: float, factor: float) -> None:
+    """As `test_a_plant_that_integrates_is_brought_to_rest`; then L0 is cut to a third, and its balance is another one:
+    by up to 0.7 nats of L0 at a gain of 3. L0 comes back, goes beyond by 30% at most, and is at rest after half."""
+    plant.lag, num_steps = plant.gain / pace, 2 * STEPS
+    controller = L0Target(target_l0=plant.target)
+    controller.bind(penalty(plant.right, 2 * num_steps, integrates=True))
+    drive(controller, plant, num_steps)
+    plant.y -= 1.0
+    plant.right *= factor
+    after = [math.log(l0 / plant.target) for l0 in drive(controller, plant, num_steps, first=num_steps)]
+    assert max(after) < math.log(1.3)
+    assert max(map(abs, after[-num_steps // 2 :])) <= 0.05

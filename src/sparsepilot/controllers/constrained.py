@@ -33,10 +33,10 @@ HOPELESS_AFTER = 0.125
 class Constrained(ClosedLoop):
     """Maximises sparsity subject to quality <= target, in the manner of GECO (Rezende & Viola 2018, arXiv 1810.00597).
 
-    ln L0* moves in proportion to v = ln(excess / allowed excess), plus what keeps v where it is (`seek.seek_step`): the
-    dictionary gets better all the way, so the L0 that the target allows goes on falling. Excess: the cross-entropy
-    above the clean model's, or the FVU. Both fall about as a power of L0, whose exponent is learned. The inner loop
-    (`L0Loop`) brings L0 to L0*.
+    L0* follows the L0 that the target allows, as far as that can be told from the present L0 and
+    v = ln(excess / allowed excess), with a learned drift (`seek.seek_step`): the dictionary gets better all the way, so
+    that L0 goes on falling. Excess: the cross-entropy above the clean model's, or the FVU. Both fall about as a power
+    of L0, whose exponent is learned. The inner loop (`L0Loop`) brings L0 to L0*.
 
     It moves only when a new measurement has arrived, by the samples since the last.
 

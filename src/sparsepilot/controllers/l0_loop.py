@@ -55,7 +55,10 @@ SOFTEST = 10.0
 LEAST, OUTLIER = 0.01**2, 9.0
 """Variance of noise that always counts as ordinary; how many times the usual one a single deviation counts at most."""
 FORCE = {False: 4.0, True: 8.0}
-"""Times as strong that P is while L0 is brought back from an upset: of a plant that follows; of one that integrates."""
+"""Times as strong that P is, and as fast the strength, while L0 is brought back from an upset: of a plant that follows;
+of one that integrates."""
+FARTHEST_FORCED = 6.0
+"""Nats that this moves ln(strength) by at most: what is next to nothing, and soon back from there."""
 RATE = 10.0
 """Nats that ln(strength) moves at most in a lag."""
 STATE = (
@@ -213,25 +216,28 @@ class L0Loop:
         self._approach_start(in_a_lag, batch, lag)
         set_point = math.log(self._mean_set_point)
         self._upset, integral = upset_step(
-            self._upset, set_point, self._error, self._slow_error, self._pi.output, batch, lag
+            self._upset, set_point, self._error, self._slow_error, self._pi.output, batch, lag, self.plant.integrates
         )
         if integral is not None:
             self._pi = self._pi._replace(integral=integral, drift=0.0)
-        upset = self._upset.left > 0
+        stays, force = self._upset.left > 0, FORCE[self.plant.integrates] if self._upset.side else 1.0
         noise, proportional = self._noise_of(error_of_step, batch, lag), self._proportional / self._estimate.gain
         soften = self._soften(noise, batch, lag)
         if self._upset.side:
-            proportional, quieter = FORCE[self.plant.integrates] * proportional, 1.0
+            proportional, quieter = force * proportional, 1.0
         else:
             proportional /= soften
             quieter = clamp(proportional * noise / self._most_noise, 1.0, SOFTEST)
         gains = self._gains._replace(
-            proportional=proportional / quieter, integral_samples=self._gains.integral_samples / quieter
+            proportional=proportional / quieter,
+            integral_samples=self._gains.integral_samples / quieter * force,
+            largest_error=min(1.0, FARTHEST_FORCED / proportional) if force > 1.0 else 1.0,
+            rate=force * self._gains.rate,
         )
-        if not upset and in_a_lag < COLLAPSING and in_a_lag < self._error - FALLING:
+        if not stays and force == 1.0 and in_a_lag < COLLAPSING and in_a_lag < self._error - FALLING:
             integral = clamp(self._pi.integral - BRAKE * batch / lag, gains.low, gains.high)
             self._pi = self._pi._replace(integral=integral, drift=0.0)
-        hold = self._slewing or upset or in_a_lag * self._error < 0
+        hold = self._slewing or stays or in_a_lag * self._error < 0
         self._pi = pi_step(self._pi, self._error, batch, gains, hold=hold)
         self._steps += 1
         self.strength = self._faded_in()

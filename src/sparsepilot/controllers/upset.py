@@ -62,15 +62,23 @@ class Upset(NamedTuple):
 
 
 def upset_step(
-    state: Upset, set_point: float, error: float, slow: float, output: float, samples: float, lag: float
+    state: Upset,
+    set_point: float,
+    error: float,
+    slow: float,
+    output: float,
+    samples: float,
+    lag: float,
+    integrates: bool = False,
 ) -> tuple[Upset, float | None]:
     """Whether something has happened, and whether it is over: a learning rate that jumped, other data, thresholds that
     were moved, a strength that somebody changed.
 
     The plant is mostly still the one that it was. So the integral goes back, once, to what held while it was calm, and
     stays there while L0 comes back. Where that has come no nearer for PATIENCE lags the plant is another one: the
-    integral goes on from what the strength is by then. When L0 is back the integral stays for AFTERWARDS lags more, as
-    L0 still moves from having been brought there.
+    integral goes on from what the strength is by then. (Thresholds, which integrate, may just be slow: what brings them
+    back is not what will hold them, so the integral goes on from where it was.) When L0 is back the integral stays for
+    AFTERWARDS lags more, as L0 still moves from having been brought there.
 
     Args:
         state: of the step before.
@@ -80,6 +88,7 @@ def upset_step(
         output: ln(strength).
         samples: since the step before.
         lag: of the loop, in samples.
+        integrates: as `Plant.integrates`.
 
     Returns:
         The state, and what the integral is to be from this step on, if something else than it was.
@@ -103,16 +112,17 @@ def upset_step(
         return Upset(Calm(), math.copysign(1.0, slow), abs(slow), PATIENCE * lag), calm.output
     if not side:
         return Upset(calm, left=max(0.0, left - samples)), None
-    if side * error < 0:
+    if side * error < 0 or abs(slow) < BACK:
         return Upset(calm, left=AFTERWARDS * lag), None
     if abs(slow) < NEARER * mark:
         return Upset(calm, side, abs(slow), PATIENCE * lag), None
     if left <= samples:
-        return Upset(calm), output
+        return (Upset(calm, side, mark), None) if integrates else (Upset(calm), output)
     return Upset(calm, side, mark, left - samples), None
 
 
-UPSET, NEARER = 0.2, 0.7
-"""Error after a calm time from which on something has happened, and what is left of it when it has come nearer."""
+UPSET, NEARER, BACK = 0.2, 0.7, 0.05
+"""Error after a calm time from which on something has happened, what is left of it when it has come nearer, and the
+size of one at which L0 is back."""
 PATIENCE, AFTERWARDS = 4.0, 2.0
 """In lags."""
