@@ -109,13 +109,13 @@ def upset_step(
     """
     calm, (_, side, mark, left) = calm_step(state.calm, set_point, slow, output, samples, lag), state
     if abs(slow) > UPSET and calm.output is not None:
-        return Upset(Calm(), math.copysign(1.0, slow), abs(slow), PATIENCE * lag), calm.output
+        return Upset(Calm(), math.copysign(1.0, slow), abs(slow), PATIENCE[integrates] * lag), calm.output
     if not side:
         return Upset(calm, left=max(0.0, left - samples)), None
     if side * error < 0 or abs(slow) < BACK:
         return Upset(calm, left=AFTERWARDS * lag), None
     if abs(slow) < NEARER * mark:
-        return Upset(calm, side, abs(slow), PATIENCE * lag), None
+        return Upset(calm, side, abs(slow), PATIENCE[integrates] * lag), None
     if left <= samples:
         return (Upset(calm, side, mark), None) if integrates else (Upset(calm), output)
     return Upset(calm, side, mark, left - samples), None
@@ -124,5 +124,5 @@ def upset_step(
 UPSET, NEARER, BACK = 0.2, 0.7, 0.05
 """Error after a calm time from which on something has happened, what is left of it when it has come nearer, and the
 size of one at which L0 is back."""
-PATIENCE, AFTERWARDS = 4.0, 2.0
-"""In lags."""
+PATIENCE, AFTERWARDS = {False: 4.0, True: 12.0}, 2.0
+"""In lags; patience with a plant that follows, and with one that integrates."""
