@@ -25,14 +25,13 @@ def main() -> None:
     parser.add_argument("--model", default="jumprelu")
     parser.add_argument("--target", type=float, default=0.15, help="FVU of training")
     parser.add_argument("--coefficients", nargs="+", type=float, default=[0.25, 0.5, 1.0, 2.0, 4.0, 8.0])
-    parser.add_argument("--samples", type=int, default=1_228_800)
-    parser.add_argument("--d-sae", type=int, default=2048)
+    parser.add_argument("--samples", type=int, help="of each run; the grid's where nothing is said")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args = parser.parse_args()
     where = Where.of(args)
-    base, points = words_of(where, "demo", args.model), []
-    base += [f"samples={args.samples}", f"model.d_sae={args.d_sae}"]
-    run = f"demo-{args.model}" + (f"-{args.samples}" if args.samples != 1_228_800 else "")
+    base, points, run = words_of(where, "demo", args.model), [], f"demo-{args.model}"
+    if args.samples:
+        base, run = [*base, f"samples={args.samples}"], f"{run}-{args.samples}"
     print("| run | L0 | FVU, held out |", "|---|---|---|", sep="\n")
     for coefficient in args.coefficients:
         name = f"{run}-coefficient{coefficient:g}".replace(".", "_")

@@ -120,16 +120,16 @@ def lab(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(tmp_path_factory.mktemp("lab"), warm)
 
 
-def assert_same_training(one: Run, many: Run, steps: int, measured: tuple[str, ...] = ()) -> None:
-    """Counts and controls equal, measurements (and what is named) within 1e-5."""
+def assert_same_training(one: Run, many: Run, steps: int, by_quality: bool) -> None:
+    """Counts and controls equal, measurements (and controls that hang on them) within 1e-5."""
     assert len(one.rows) == len(many.rows)
     for a, b in zip(one.rows, many.rows, strict=True):
         if a["step"] > steps:
             break
         assert a.keys() == b.keys()
         for key, value in a.items():
-            if isinstance(value, float) and (key != "controller/strength" or key in measured):
-                nearly_0 = 1e-6 if measured and key.startswith("controller/") else 1e-9  # an error is in nats
+            if isinstance(value, float) and (key != "controller/strength" or by_quality):
+                nearly_0 = 1e-6 if by_quality and key.startswith("controller/") else 1e-9  # an error is in nats
                 assert b[key] == pytest.approx(value, rel=1e-5, abs=nearly_0), (key, a["step"])
             else:
                 assert b[key] == value, (key, a["step"])
@@ -191,8 +191,7 @@ def test_ranks_that_divide_the_parameters_train_as_one(lab: Lab, tmp_path: Path,
 def assert_trained_as_one(case: str, one: Run, many: Run) -> None:
     """The same rows, losses, counts and controls, and ranks that hold the same bits."""
     by_quality = case in BY_QUALITY
-    measured = ("controller/strength",) if by_quality else ()
-    assert_same_training(one, many, SENSITIVE.get(case, STEPS), measured)
+    assert_same_training(one, many, SENSITIVE.get(case, STEPS), by_quality)
     for alone, *ranks in zip(one.ranks[0], *many.ranks, strict=True):
         if "accumulate=2" not in CASES[case]:
             assert [row for rank in ranks for row in rank["rows"]] == alone["rows"]

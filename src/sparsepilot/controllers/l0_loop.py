@@ -54,17 +54,16 @@ SOFTEST = 10.0
 """Most that P is divided by for noise, and the gain, but for 1, for a swing: a jump is neither, and soon forgotten."""
 LEAST, OUTLIER = 0.01**2, 9.0
 """Variance of noise that always counts as ordinary; how many times the usual one a single deviation counts at most."""
-FORCE = {False: 4.0, True: 8.0}
-"""Times as strong that P is, and as fast the strength, while L0 is brought back from an upset: of a plant that follows;
-of one that integrates."""
+FORCE = {False: 1.0, True: 8.0}
+"""Times as strong that P is, and as fast the strength, while L0 is brought back from an upset: of a plant that follows
+(more than what it has without softening swings it to the other side); of one that integrates."""
 FARTHEST_FORCED = 6.0
 """Nats that this moves ln(strength) by at most: what is next to nothing, and soon back from there."""
 RATE = 10.0
 """Nats that ln(strength) moves at most in a lag."""
 STATE = (
     "strength", "_pi", "_estimate", "_mean_l0", "_mean_set_point", "_slow_error", "_train_error", "_log_ratio",
-    "_error", "_slewing", "_steps", "_swing", "_noise", "_validations", "_start",
-    "_upset",
+    "_error", "_slewing", "_steps", "_swing", "_noise", "_validations", "_start", "_upset",
 )  # fmt: skip
 
 
