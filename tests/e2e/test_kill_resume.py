@@ -257,7 +257,12 @@ def another_program(checkpoint: dict[str, Any]) -> str:
     return "another program"
 
 
-@pytest.mark.parametrize("alter", [another_architecture, another_shape, another_program])
+def another_version(checkpoint: dict[str, Any]) -> str:
+    del checkpoint["state_dict"]["trainees.sae._extra_state"]["controller"]["strength"]
+    return "another version of sparsepilot"
+
+
+@pytest.mark.parametrize("alter", [another_architecture, another_shape, another_program, another_version])
 def test_a_checkpoint_of_another_run_is_an_error(
     lab: Lab, tmp_path: Path, alter: Callable[[dict[str, Any]], str]
 ) -> None:

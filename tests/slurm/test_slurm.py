@@ -23,6 +23,7 @@ from killing.compare import run_differences
 from killing.runs import BASE, BATCH
 from warm import Warm
 
+from sparsepilot.callbacks.checkpoint_io import list_checkpoints
 from sparsepilot.data.cache import Cache
 from sparsepilot.data.layout import marker_file
 from sparsepilot.errors import DataError
@@ -169,9 +170,13 @@ class Job:
         """Until it has taken a step since now."""
         wait_for_a_step(self.folder)
 
+    def processes(self, rank: int) -> list[int]:
+        """The training processes of a rank."""
+        return self.slurm.processes(b"train.py", SLURM_JOB_ID=self.number, SLURM_PROCID=str(rank))
+
     def process(self, rank: int) -> int:
         """The training process of a rank."""
-        found = self.slurm.processes(b"train.py", SLURM_JOB_ID=self.number, SLURM_PROCID=str(rank))
+        found = self.processes(rank)
         assert found, f"job {self.number} has no rank {rank}"
         return found[0]
 
@@ -247,16 +252,41 @@ def test_a_job_goes_on_after_all_that_may_end_it(slurm: Slurm, unbroken: Path) -
 
 
 def test_a_killed_rank_ends_the_job_and_a_requeued_job_goes_on(slurm: Slurm, unbroken: Path) -> None:
+    """kill -9 of one rank: in start-up, before the ranks have met; between two steps; half-way through a checkpoint."""
+    # of the run's twenty saves the eleventh; the start after that one has ten left and meets no eleventh
+    fault = slurm.folder / "fault.log"
+    exported = f"--export=ALL,SPARSEPILOT_FAULT=checkpoint-rename:11@0,SPARSEPILOT_FAULT_LOG={fault}"
+    job = slurm.train(sbatch=("--nodes=2", "--ntasks-per-node=1", exported))
+
+    def fails(times: int) -> None:
+        job.wait("FAILED", 60)
+        said = [line for line in job.out.splitlines() if "another rank of this run is gone" in line or "Killed" in line]
+        assert len(said) >= times, job.out
+        assert "Traceback" not in job.out
+
+    def goes_on() -> None:
+        slurm.ask("scontrol", "requeue", job.number)
+        slurm.hurry(job.number)
+
+    os.kill(wait_for("process of rank 1", lambda: job.processes(rank=1))[0], signal.SIGKILL)
+    fails(1)
+    assert list_checkpoints(job.folder / "checkpoints") == []
+
     slurm.slow.touch()
-    job = slurm.train()
+    goes_on()
     job.wait_for_a_step()
     os.kill(job.process(rank=1), signal.SIGKILL)
     slurm.slow.unlink()
-    job.wait("FAILED", 60)
-    assert "another rank of this run is gone" in job.out or "Killed" in job.out
-    assert "Traceback" not in job.out
-    slurm.ask("scontrol", "requeue", job.number)
-    slurm.hurry(job.number)
+    fails(2)
+
+    goes_on()
+    wait_for("kill", fault.exists)
+    fails(3)
+    half = list((job.folder / "checkpoints").glob("*.tmp"))
+    assert len(half) == 1
+    assert starts(job.folder)[-1]["samples"] < list_checkpoints(job.folder / "checkpoints")[0][0]
+
+    goes_on()
     job.wait("COMPLETED")
     assert run_differences(unbroken, job.folder) == []
 

@@ -15,6 +15,7 @@ from sparsepilot.autoencoders.base import Autoencoder
 from sparsepilot.autoencoders.revival import Resample
 from sparsepilot.autoencoders.step import Moment, Step
 from sparsepilot.controllers.base import Controller, Measured, Plant
+from sparsepilot.errors import CheckpointError
 from sparsepilot.metrics.dead import DeadLatents, dead_window_samples
 from sparsepilot.ops.readback import Readback
 from sparsepilot.parallel.collectives import all_reduce_max_, all_reduce_sum_
@@ -283,10 +284,21 @@ class Trainee(nn.Module):
         return {"controller": self.controller.state_dict(), "pending_step": None if pending is None else list(pending)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.controller.load_state_dict(state["controller"])
+        """The inverse of `get_extra_state`.
+
+        Raises:
+            CheckpointError: when another version of the project wrote it, with other numbers in it.
+        """
+        try:
+            self.controller.load_state_dict(state["controller"])
+            pending = state["pending_step"]
+            self._pending_step = None if pending is None else Measured(*pending)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint holds another state than {type(self.controller).__name__} has here ({error!r}); another "
+                "version of sparsepilot wrote it: end the run with that one, or begin anew with resume=never"
+            ) from error
         self._pending = Readback()
-        pending = state["pending_step"]
-        self._pending_step = None if pending is None else Measured(*pending)
 
 
 def _stream_by_stream(num_batches: int, num_streams: int, num_rows: int) -> Tensor:
