@@ -295,8 +295,8 @@ class Trainee(nn.Module):
             self._pending_step = None if pending is None else Measured(*pending)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"the checkpoint holds another state than {type(self.controller).__name__} has here ({error!r}); another "
-                "version of sparsepilot wrote it: end the run with that one, or begin anew with resume=never"
+                f"the checkpoint holds another state than {type(self.controller).__name__} has here ({error!r}); "
+                "another version of sparsepilot wrote it: end the run with that one, or begin anew with resume=never"
             ) from error
         self._pending = Readback()
 
