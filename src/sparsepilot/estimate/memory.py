@@ -168,22 +168,44 @@ def dense_step_bytes(
     return round(DENSE_TILES.get(architecture, MOST_DENSE_TILES) * tile) + rows_bytes + several
 
 
-def aux_k_bytes(rows: int, d_in: int, d_out: int, dead: int, k: int, matrix_bytes: int, dense_above: float) -> int:
-    """AuxK where `dead` latents are dead: their rows of both matrices with gradients, those gradients spread out again,
-    and k pairs a row (k of the dead ones), or tiles of the dense path.
+def aux_k_bytes(
+    rows: int, d_in: int, d_out: int, pairs: int, dead: int, k: int, matrix_bytes: int, dense_above: float
+) -> int:
+    """A step with AuxK where `dead` latents are dead, beyond the gradients: the largest of three moments.
 
-    >>> aux_k_bytes(4096, 576, 576, dead=0, k=288, matrix_bytes=36 * MIB, dense_above=1 / 24)
+    Forward, what the main loss keeps, the dead latents' encoder and the candidates of a tile of them (or three tiles of
+    the dense path). Backward, their rows of both matrices with gradients and k pairs a row, while the step's gradients
+    are not there yet. Then those spread out over both matrices, beside the main loss's own.
+
+    Args:
+        rows, d_in, d_out: B and the widths.
+        pairs: P of the main loss.
+        dead: dead latents.
+        k: of them, each row's.
+        matrix_bytes: of one matrix.
+        dense_above: see `model.dense_above`.
+
+    >>> aux_k_bytes(4096, 576, 576, 4096 * 32, dead=0, k=288, matrix_bytes=36 * MIB, dense_above=1 / 24)
     0
+    >>> aux_k_bytes(4096, 576, 576, 4096 * 32, dead=8192, k=288, matrix_bytes=36 * MIB, dense_above=1 / 24) / MIB
+    146.0
     """
     if dead == 0:
         return 0
     k = min(k, dead)
-    picked = 2 * dead * (d_in + d_out) * FP32
+    kept = 2 * rows * (d_in + d_out) * FP32 + 16 * pairs
+    tall, _ = tile_shape(rows, dead, 1, FP32)
     if k < dense_above * dead:
-        step = sparse_step_bytes(rows, d_in, d_out, rows * k)
+        aux_pairs = rows * k
+        forward = kept + dead * d_in * FP32 + topk_selection_bytes(tall, k, dead, half=False)
+        picked = 2 * dead * (d_in + d_out) * FP32
+        backward = kept + picked + sparse_step_bytes(rows, d_in, d_out, aux_pairs) - 2 * matrix_bytes
     else:
-        step = dense_step_bytes(rows, dead, d_in, d_out, "topk")
-    return picked + step + matrix_bytes
+        aux_pairs = 0
+        forward = kept + dead * d_out * FP32 + tall * (3 * dead * FP32 + 17 * k)
+        backward = 0
+    spread = 2 * matrix_bytes + rows * d_in * FP32 + 36 * pairs + 28 * aux_pairs
+    return max(forward, backward, spread)
 
 
 def optimizer_step_bytes(matrix_bytes: int, *, projects: bool, muon: bool) -> int:

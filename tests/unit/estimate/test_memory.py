@@ -82,6 +82,8 @@ def most_bytes(step: BareSteps) -> int:
         (("model=jumprelu",), None, 0.0),
         (("model=jumprelu",), 24.0, 0.0),
         (("model=gated",), None, 0.0),
+        (("model=topk", "model.k=32"), None, 0.25),
+        (("model=topk", "model.k=32"), None, 0.75),
     ],
     ids=lambda value: " ".join(value).replace("model=", "") if isinstance(value, tuple) else str(value),
 )
