@@ -169,7 +169,15 @@ def dense_step_bytes(
 
 
 def aux_k_bytes(
-    rows: int, d_in: int, d_out: int, pairs: int, dead: int, k: int, matrix_bytes: int, dense_above: float
+    rows: int,
+    d_in: int,
+    d_out: int,
+    pairs: int,
+    dead: int,
+    k: int,
+    matrix_bytes: int,
+    dense_above: float,
+    device: str = "cpu",
 ) -> int:
     """A step with AuxK where `dead` latents are dead, beyond the gradients: the largest of three moments.
 
@@ -184,6 +192,7 @@ def aux_k_bytes(
         k: of them, each row's.
         matrix_bytes: of one matrix.
         dense_above: see `model.dense_above`.
+        device: tiles are larger on CUDA.
 
     >>> aux_k_bytes(4096, 576, 576, 4096 * 32, dead=0, k=288, matrix_bytes=36 * MIB, dense_above=1 / 24)
     0
@@ -194,7 +203,7 @@ def aux_k_bytes(
         return 0
     k = min(k, dead)
     kept = 2 * rows * (d_in + d_out) * FP32 + 16 * pairs
-    tall, _ = tile_shape(rows, dead, 1, FP32)
+    tall, _ = tile_shape(rows, dead, 1, FP32, device)
     if k < dense_above * dead:
         aux_pairs = rows * k
         forward = kept + dead * d_in * FP32 + topk_selection_bytes(tall, k, dead, half=False)

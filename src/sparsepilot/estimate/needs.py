@@ -99,7 +99,7 @@ def rank_memory(job: Job) -> RankMemory:
         passing[name] = accumulated + dense
         if passing[name] == on_device.largest:
             lasting["encoder product"] -= sum(_empty_tile(job, d, one, kind) for d, one in both if d.starts_dense)
-    aux = [_aux(job, d, one) for d, one in both]
+    aux = [_aux(job, d, one, kind) for d, one in both]
     if any(aux):
         passing[f"active pairs and rows, with AuxK where {job.dead:.0%} are dead"] = accumulated + sum(
             max(_sparse(job, d, one, kind), with_aux) for (d, one), with_aux in zip(both, aux, strict=True)
@@ -216,12 +216,12 @@ def _empty_tile(job: Job, d: Dictionary, one: _Local, kind: str) -> int:
     return max(0, tall - SAMPLE_ROWS) * wide * element
 
 
-def _aux(job: Job, d: Dictionary, one: _Local) -> int:
+def _aux(job: Job, d: Dictionary, one: _Local, kind: str) -> int:
     if d.aux_k is None:
         return 0
     rows, dead = job.rank_rows, round(job.dead * one.whole_latents)
     pairs, matrix_bytes = round(rows * _pairs(job, d)), d.matrix_bytes // job.world.features
-    return memory.aux_k_bytes(rows, d.d_in, d.d_out, pairs, dead, d.aux_k, matrix_bytes, d.dense_above)
+    return memory.aux_k_bytes(rows, d.d_in, d.d_out, pairs, dead, d.aux_k, matrix_bytes, d.dense_above, kind)
 
 
 def _traffic_buffers(job: Job, local: list[_Local]) -> int:
