@@ -75,10 +75,9 @@ def upset_step(
     were moved, a strength that somebody changed.
 
     The plant is mostly still the one that it was. So the integral goes back, once, to what held while it was calm, and
-    stays there while L0 comes back. Where that has come no nearer for PATIENCE lags the plant is another one: the
-    integral goes on from what the strength is by then. (Thresholds, which integrate, may just be slow: what brings them
-    back is not what will hold them, so the integral goes on from where it was.) When L0 is back the integral stays for
-    AFTERWARDS lags more, as L0 still moves from having been brought there.
+    stays there while L0 comes back. Where that has come no nearer for PATIENCE lags the plant is another one, or one of
+    thresholds, which may just be slow: the integral goes on from where it is, beside what brings L0 back. When L0 is
+    back the integral stays for AFTERWARDS lags more, as L0 still moves from having been brought there.
 
     Args:
         state: of the step before.
@@ -104,8 +103,8 @@ def upset_step(
     (None, 0.0, 40.0)
     >>> for n in range(80):
     ...     state, integral = upset_step(state, 3.5, -0.5, -0.5, -3.0, 1, lag=20)
-    >>> integral, state.side, state.left                               # it does not come back: on from -3
-    (-3.0, 0.0, 0.0)
+    >>> integral, state.side, state.left                               # it does not come back: the integral goes on
+    (None, -1.0, 0.0)
     """
     calm, (_, side, mark, left) = calm_step(state.calm, set_point, slow, output, samples, lag), state
     if abs(slow) > UPSET and calm.output is not None:
@@ -116,9 +115,7 @@ def upset_step(
         return Upset(calm, left=AFTERWARDS * lag), None
     if abs(slow) < NEARER * mark:
         return Upset(calm, side, abs(slow), PATIENCE[integrates] * lag), None
-    if left <= samples:
-        return (Upset(calm, side, mark), None) if integrates else (Upset(calm), output)
-    return Upset(calm, side, mark, left - samples), None
+    return Upset(calm, side, mark, max(0.0, left - samples)), None
 
 
 UPSET, NEARER, BACK = 0.2, 0.7, 0.05
