@@ -1,5 +1,9 @@
 """Trains a sparse autoencoder: python train.py [group=option ...] [field=value ...]; see conf/train.yaml."""
 
+from sparsepilot import slurm
+
+slurm.leave_during_start_up()  # before anything that takes long to import
+
 import hydra
 from omegaconf import DictConfig
 

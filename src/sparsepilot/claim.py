@@ -83,10 +83,13 @@ def claim(run_dir: str, resume: str, config: dict[str, Any]) -> Claim:
     if not folder.exists():
         return Claim(folder)
     if resume == "never":
-        number = 2
-        while (fresh := RunFolder(f"{run_dir}-{number}")).exists():
+        newest, fresh, number = folder, RunFolder(f"{run_dir}-2"), 2
+        while fresh.exists():
             number += 1
-        return Claim(fresh, notes=[f"{folder.path} holds a run; starting a fresh one in {fresh.path}"])
+            newest, fresh = fresh, RunFolder(f"{run_dir}-{number}")
+        if not _was_begun_by_this_job(newest):
+            return Claim(fresh, notes=[f"{folder.path} holds a run; starting a fresh one in {fresh.path}"])
+        folder = newest
     if not folder.identity.exists():
         raise ConfigError(f"run_dir = {folder.path}: is one of several trainees of another run; set another run_dir")
     found = Claim(folder, goes_on=True, changes=allowed_changes(read_config(folder), config))
@@ -100,6 +103,15 @@ def claim(run_dir: str, resume: str, config: dict[str, Any]) -> Claim:
     found.notes.append(f"resuming {folder.path} at {found.samples:,} samples")
     found.notes += [f"  changed: {change}" for change in found.changes]
     return found
+
+
+def _was_begun_by_this_job(folder: RunFolder) -> bool:
+    """Whether this is a job that Slurm has requeued, and the run its own: `resume=never` was said of what was there
+    when the job was submitted."""
+    if not slurm.was_requeued() or not folder.identity.exists():
+        return False
+    starts = read_object(folder.identity).get("starts", [])
+    return bool(starts) and starts[0]["slurm_job"] == slurm.job()
 
 
 def claim_together(run_dir: str, resume: str, config: dict[str, Any]) -> Claim:

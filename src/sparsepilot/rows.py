@@ -21,23 +21,53 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ConfigError: at a whole line that is no row.
     """
-    if path.exists():
-        yield from (row for row, _ in _whole(path))
+    for row, _ in _lines(path):
+        if isinstance(row, ConfigError):
+            raise row
+        yield row
 
 
-def _whole(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """The whole rows, and the bytes of each."""
+def rows_up_to(path: Path, samples: int) -> Iterator[dict[str, Any]]:
+    """The rows that a checkpoint at the clock `samples` covers. Those behind them were not made durable: a machine that
+    went down may have left a hole there, which is no damage.
+
+    Raises:
+        ConfigError: at a damaged line that one of those rows follows.
+    """
+    yield from (row for row, _ in _up_to(path, samples))
+
+
+def _up_to(path: Path, samples: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """Those rows, and where in the file each of them ends."""
+    damage = None
+    for row, end in _lines(path):
+        if isinstance(row, ConfigError):
+            damage = damage or row
+        elif row["samples"] > samples:
+            return
+        elif damage is not None:
+            raise damage
+        else:
+            yield row, end
+
+
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any] | ConfigError, int]]:
+    """Every line but a torn last one, or what is wrong with it, and where in the file it ends."""
+    if not path.exists():
+        return
+    end = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
+            end += len(line)
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ConfigError(f"{path}: line {number} is damaged ({error})") from error
-            if not isinstance(row, dict) or "samples" not in row:
-                raise ConfigError(f"{path}: line {number} is {row!r}, no row")
-            yield row, len(line)
+                yield ConfigError(f"{path}: line {number} is damaged ({error})"), end
+                continue
+            is_row = isinstance(row, dict) and "samples" in row
+            yield row if is_row else ConfigError(f"{path}: line {number} is {row!r}, no row"), end
 
 
 def rows_of_trainee(rows: Iterable[RowMapping], name: str, names: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -61,10 +91,8 @@ class RowFile:
         self._fault = f"{path.stem}-append"  # metrics-append, timing-append
         keep_bytes = 0
         if path.exists():
-            for row, num_bytes in _whole(path):
-                if row["samples"] > samples:
-                    break
-                keep_bytes += num_bytes
+            for _, end in _up_to(path, samples):
+                keep_bytes = end
             os.truncate(path, keep_bytes)
             faults.point("resume-cut")
         self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115 - stays open as long as the run

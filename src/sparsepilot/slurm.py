@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from typing import Any
 
 from sparsepilot.ranks import is_first
@@ -26,6 +27,11 @@ def job() -> str | None:
     if "SLURM_ARRAY_JOB_ID" in env:
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env.get('SLURM_ARRAY_TASK_ID', '0')}"
     return env.get("SLURM_JOB_ID")
+
+
+def was_requeued() -> bool:
+    """Whether this is not the job's first start."""
+    return job() is not None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def by_submitit() -> bool:
@@ -70,9 +76,17 @@ def requeue() -> None:
     print(f"job {name} goes back into the queue", flush=True)
     queued_again.append(name)
     done = _scontrol("requeue", name)
+    for _ in range(ASK_AGAIN):
+        if done.returncode == 0:
+            return
+        time.sleep(ASK_AGAIN_AFTER_S)  # slurmctld has much to do where many jobs leave at once
+        done = _scontrol("requeue", name)
     if done.returncode != 0:
         queued_again.clear()
         print(f"job {name} could not be put back into the queue: {' '.join(done.stderr.split())}", flush=True)
+
+
+ASK_AGAIN, ASK_AGAIN_AFTER_S = 2, 2.0
 
 
 def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 
 from sparsepilot.callbacks.steps import ended_optimizer_step
-from sparsepilot.rows import RowFile, read_rows, rows_of_trainee
+from sparsepilot.rows import RowFile, rows_of_trainee, rows_up_to
 from sparsepilot.run_folder import RunFolder
 from sparsepilot.training.module import TrainingModule
 
@@ -38,7 +38,7 @@ class RunLog(L.Callback):
         self._files: list[RowFile] = []
         """metrics.jsonl and timing.jsonl, on the one rank that writes them"""
         self._trainees = trainees
-        rows = (self._over_all(row) for row in read_rows(folder.metrics) if row["samples"] <= samples)
+        rows = map(self._over_all, rows_up_to(folder.metrics, samples))
         self.val_rows = [row for row in rows if "val/loss" in row]
         """Validations; of several trainees, the means over them where all were validated."""
         self.last_train_row: dict[str, Any] = {}

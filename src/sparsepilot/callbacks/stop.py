@@ -27,7 +27,8 @@ def leave_signals_alone(trainer: L.Trainer) -> None:
 
 
 class StopAtStep(Checkpoint):
-    """A signal sets a flag; at the end of the step the ranks agree, save once and exit with status 0.
+    """A signal sets a flag; at the end of the step the ranks agree, save once and exit with status 0 (with 128 and the
+    signal where the job should go back into its queue, and Slurm does not take it).
 
     The signal that Slurm sends before a time limit (SIGUSR1 for slurm/train.sbatch, SIGUSR2 under submitit), or SIGTERM
     where Slurm needs the room: the job is put back into the queue, once for all ranks, and goes on in its own run
@@ -76,14 +77,17 @@ class StopAtStep(Checkpoint):
         if self._checkpoint.saved_samples != pl_module.samples:
             self._checkpoint.save(trainer, pl_module)
         slurm.ignore(*(number for number in numbers if number != signal.SIGINT))
+        status = 0
         if trainer.is_global_zero:
             where = self._folder.path
             print(f"stopped and saved at {pl_module.samples:,} samples; run_dir={where} goes on there", flush=True)
-            if any(slurm.belongs_back(number) for number, was in zip(numbers, asked, strict=True) if was):
+            back = [number for number, was in zip(numbers, asked, strict=True) if was and slurm.belongs_back(number)]
+            if back:
                 slurm.requeue()
+                status = 0 if slurm.queued_again else 128 + back[0]  # or nobody would start it again
         if slurm.job() is not None:
             self._before.clear()  # the others of the job are ended by Slurm: a late signal must not be an error here
-        raise SystemExit(0)
+        raise SystemExit(status)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the signals back."""

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from sparsepilot.errors import ConfigError
 from sparsepilot.metrics.firing import LOG10_EDGES
-from sparsepilot.rows import read_rows
+from sparsepilot.rows import read_rows, rows_up_to
 from sparsepilot.run_folder import RunFolder
 from sparsepilot.saved import read_config, read_object
 
@@ -139,8 +139,7 @@ class LiveRun:
 
     def after_checkpoint(self, samples: int) -> None:
         """Sends what the checkpoint at `samples` covers."""
-        rows = (row for row in read_rows(self._folder.metrics) if row["samples"] <= samples)
-        self._sent_step = send(self._run, rows, self._sent_step)
+        self._sent_step = send(self._run, rows_up_to(self._folder.metrics, samples), self._sent_step)
 
     def add_pictures(self) -> None:
         """Sends the pictures of the run's report, and what is known of its features."""

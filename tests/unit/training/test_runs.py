@@ -134,7 +134,7 @@ def test_the_export_has_the_knob_where_the_controller_left_it(train_tiny, tmp_pa
         ("config.yaml", "a: [", "is damaged"),
         ("run.json", '{"id":', "is damaged"),
         ("metrics.jsonl", '{"samples": 5}\n{"samples\n{"samples": 9}\n', "line 2 is damaged"),
-        ("timing.jsonl", '{"samples": 5}\n7\n', "line 2 is 7, no row"),
+        ("timing.jsonl", '{"samples": 5}\n7\n{"samples": 9}\n', "line 2 is 7, no row"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_one_line(train_tiny, tmp_path: Path, name: str, damage: str, refused: str) -> None:
@@ -148,6 +148,19 @@ def test_a_damaged_file_of_a_run_is_one_line(train_tiny, tmp_path: Path, name: s
     assert file.read_text() == damage
     with pytest.raises(SparsepilotError, match=refused):
         read_runs(RunFolder(tmp_path / "run"))
+
+
+def test_a_hole_behind_what_the_checkpoint_covers_is_cut_off(train_tiny, tmp_path: Path) -> None:
+    """What a machine that went down leaves of rows that were not made durable."""
+    train_tiny("samples=3072")
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        with open(tmp_path / "run" / name, "ab") as file:
+            file.write(b"\0" * 90 + b'7}\n{"step": 14, "samples": 3584, "time": 0.0, "train/loss": 1.0}\n')
+    train_tiny()
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "train/loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert rows[13]["train/loss"] != 1.0
+    assert list(read_rows(tmp_path / "run" / "timing.jsonl"))[-1]["samples"] == 5120
 
 
 def test_two_damaged_checkpoints_are_put_aside_and_the_whole_ones_stay(train_tiny, tmp_path: Path, capsys) -> None:
@@ -195,6 +208,27 @@ def test_never_leaves_the_old_run_alone(train_tiny, tmp_path: Path) -> None:
         assert f"run_dir: {fresh}" in (fresh / "config.yaml").read_text()
         assert (fresh / "csv").is_dir()
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_never_holds_for_a_job_and_not_for_each_of_its_starts(
+    train_tiny, compose_cfg, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for number in ("", "-2"):  # two runs of one start
+        train_tiny("resume=never", "samples=1024")
+        assert (tmp_path / f"run{number}").is_dir()
+    config = plain(compose_cfg(*TINY, f"data.path={tmp_path}/cache", f"run_dir={tmp_path}/run", "samples=1024"))
+
+    def folder(job: str, restarts: str) -> str:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        found = claim(str(tmp_path / "run"), "never", config)
+        found.release()
+        assert found.goes_on == (found.folder.path.name == "run-2")
+        return found.folder.path.name
+
+    assert folder("7", "1") == "run-2"
+    assert folder("7", "0") == folder("8", "1") == "run-3"
 
 
 def test_one_process_per_run_folder(train_tiny, compose_cfg, tmp_path: Path) -> None:
