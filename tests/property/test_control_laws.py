@@ -285,6 +285,21 @@ def test_a_plant_that_has_changed_for_good_is_not_steered_as_the_old_one(plant: 
 
 
 @law
+@given(upset_plants, st.sampled_from([-0.8, 0.8]))
+def test_a_validation_at_the_moment_of_an_upset_is_not_taken_for_a_ratio(plant: Simulated, jump: float) -> None:
+    """Other data: it has seen the plant that is, training's average the one that was."""
+    controller = calm(plant, 2 * STEPS)
+    before = controller.loop.ratio
+    plant.y += jump
+    plant.right *= math.exp(jump / plant.gain)
+    controller.observe({"val/l0": math.exp(plant.y)}, STEPS * BATCH)
+    assert abs(math.log(controller.loop.ratio / before)) > 0.05
+    after = lag_means([math.log(l0 / plant.target) for l0 in drive(controller, plant, STEPS, first=STEPS)])
+    assert controller.loop.ratio == before
+    assert max(n for n, e in enumerate(after) if abs(e) > 0.05) <= SETTLED_AFTER * LAG_STEPS
+
+
+@law
 @given(st.builds(Simulated, **{**BASE, "gain": log_range(0.5, 3)}), log_range(0.002, 0.02), log_range(0.8, 1.25))
 def test_thresholds_that_were_moved_come_back_and_stay(plant: Simulated, pace: float, factor: float) -> None:
     """As `test_a_plant_that_integrates_is_brought_to_rest`; then L0 is cut to a third, and its balance is another one:

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat
 
 from sparsepilot.controllers.base import Measured, Plant
 from sparsepilot.controllers.closed_loop import ClosedLoop
-from sparsepilot.controllers.l0_loop import BEGIN, FEWEST, L0Loop, LoopSettings, as_lists, as_tuples, lowest_l0
+from sparsepilot.controllers.l0_loop import FEWEST, L0Loop, LoopSettings, as_lists, as_tuples, lowest_l0
 from sparsepilot.controllers.laws import GainEstimate, average, clamp, keep_of
 from sparsepilot.controllers.seek import Seek, SeekGains, seek_step
 from sparsepilot.errors import ConfigError
@@ -114,7 +114,7 @@ class Constrained(ClosedLoop):
         else:
             self.strength = self.loop.step(measured, self._set_point, self._set_point)
         if ends and self.plant.kind == "penalty":
-            self.loop.put(self.loop.initial_strength or BEGIN * self.plant.initial)
+            self.loop.begin()
             self.strength = self.loop.strength
         return self.strength
 

@@ -59,11 +59,13 @@ FORCE = {False: 1.0, True: 8.0}
 (more than what it has without softening swings it to the other side); of one that integrates."""
 FARTHEST_FORCED = 6.0
 """Nats that this moves ln(strength) by at most: what is next to nothing, and soon back from there."""
+FELT = 2.0
+"""Lags after a validation in which an upset shows that it has compared two plants: it does not count then."""
 RATE = 10.0
 """Nats that ln(strength) moves at most in a lag."""
 STATE = (
     "strength", "_pi", "_estimate", "_mean_l0", "_mean_set_point", "_slow_error", "_train_error", "_log_ratio",
-    "_error", "_slewing", "_steps", "_swing", "_noise", "_validations", "_start", "_upset",
+    "_error", "_slewing", "_steps", "_swing", "_noise", "_validations", "_start", "_upset", "_ratio_before",
 )  # fmt: skip
 
 
@@ -135,8 +137,6 @@ class L0Loop:
         if not low <= self.strength <= high:
             field = "controller.initial_strength" if self.initial_strength else KNOB_FIELDS[plant.kind]
             raise ConfigError(f"{field} = {self.strength:g}: should lie between {low:g} and {high:g}")
-        if plant.kind == "penalty" and not self.initial_strength:
-            self.strength = clamp(BEGIN * plant.initial, low, high)
         self._low, self._high = low, high
         self.lag = lag = self.lag_steps * plant.batch
         stronger, slower, drift_after, self._most_noise = INTEGRATING if plant.integrates else FOLLOWING
@@ -144,10 +144,10 @@ class L0Loop:
         self._gains = Gains(
             self._proportional, slower * lag, drift_after * lag, 1.0, RATE / lag, math.log(low), math.log(high)
         )
-        wanted = math.log(self.strength)
-        u = min(wanted, math.log(clamp(BEGIN * plant.initial, low, high))) if plant.kind == "penalty" else wanted
-        self._start = (wanted - u, 0.0)
-        self._pi = PI(u, u)
+        u = math.log(self.strength)
+        self._pi, self._start, self._upset = PI(u, u), (0.0, 0.0), Upset()
+        if plant.kind == "penalty":
+            self.begin()
         self._estimate = GainEstimate()
         self._mean_l0: float | None = None
         self._mean_set_point = set_point
@@ -159,10 +159,18 @@ class L0Loop:
         self._slewing = False
         self._swing = (0.0, 0.0)
         self._noise: tuple[float, float | None, float | None] = (0.0, None, None)
-        self._upset = Upset()
+        self._ratio_before: tuple[float, float] | None = None
         self._steps = 0
         if plant.kind == "penalty":
             self.strength = self._faded_in()
+
+    def begin(self) -> None:
+        """Puts a penalty where it begins; `initial_strength`, where that is stronger, is approached from there."""
+        default = clamp(BEGIN * self.plant.initial, self._low, self._high)
+        wanted = math.log(self.initial_strength or default)
+        u = min(wanted, math.log(default))
+        self._pi, self._start, self._upset = PI(u, u), (wanted - u, 0.0), Upset()
+        self.strength = math.exp(u)
 
     @property
     def ratio(self) -> float:
@@ -219,6 +227,9 @@ class L0Loop:
         )
         if integral is not None:
             self._pi = self._pi._replace(integral=integral, drift=0.0)
+            if self._ratio_before is not None:  # that validation has seen what training had not felt yet
+                self._log_ratio, _ = self._ratio_before
+        self._ratio_before = _fresh(self._ratio_before, batch, FELT * lag)
         stays, force = self._upset.left > 0, FORCE[self.plant.integrates] if self._upset.side else 1.0
         noise, proportional = self._noise_of(error_of_step, batch, lag), self._proportional / self._estimate.gain
         soften = self._soften(noise, batch, lag)
@@ -307,8 +318,10 @@ class L0Loop:
         if not isinstance(l0, float) or not 0 < l0 < math.inf or once is None or twice is None:
             return
         error = 2 * once - twice
-        if self.plant.kind == "penalty" and abs(error) > LARGEST_RATIO:
+        upset = self._upset.side != 0 or self._upset.left > 0
+        if self.plant.kind == "penalty" and (upset or abs(error) > LARGEST_RATIO):
             return
+        self._ratio_before = (self._log_ratio, 0.0)
         seen = math.log(l0 / now) - error
         self._validations += 1
         weight = max(
@@ -348,6 +361,15 @@ class L0Loop:
         self._pi, self._estimate = PI(*self._pi), GainEstimate(*self._estimate)
         calm, *rest = self._upset
         self._upset = Upset(Calm(*calm), *rest)
+
+
+def _fresh(before: tuple[float, float] | None, samples: float, lasts: float) -> tuple[float, float] | None:
+    """The ratio before a validation, and the samples since; None once that is long ago.
+
+    >>> _fresh((0.1, 60.0), 20, 100), _fresh((0.1, 80.0), 20, 100)
+    ((0.1, 80.0), None)
+    """
+    return None if before is None or before[1] + samples >= lasts else (before[0], before[1] + samples)
 
 
 def as_lists(value: Any) -> Any:

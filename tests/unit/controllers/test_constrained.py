@@ -192,12 +192,23 @@ def test_a_wait_that_is_over_is_over_under_a_longer_budget() -> None:
 
 def test_a_penalty_goes_on_from_the_strength_that_the_user_names() -> None:
     plant = Simulated(right=0.1)
-    controller = bound(plant, quality="fvu", target=fvu_at(32, 0.5, 1), initial_strength=0.03)
+    controller = bound(plant, quality="fvu", target=fvu_at(32, 0.5, 1), initial_strength=0.004)
     wait = STEPS // 8
     run(controller, plant, 0.5, num_steps=wait - 1)
     assert controller.strength == pytest.approx(1e-3 * plant.right)
     run(controller, plant, 0.5, num_steps=wait + 1, first=wait - 1)
-    assert controller.strength == pytest.approx(0.03, rel=0.1)
+    assert controller.strength == pytest.approx(0.004, rel=0.1)
+
+
+@pytest.mark.parametrize("gain", [1.0, 2.0, 4.0])
+def test_a_strength_far_too_strong_is_approached_once_the_wait_is_over(gain: float) -> None:
+    """A hundred times what the target allows: at once it would cost all but every thirtieth latent, or all."""
+    plant = Simulated(right=0.1, gain=gain)
+    controller = bound(plant, quality="fvu", target=fvu_at(32, 0.5, 1), initial_strength=10.0)
+    fvus, _ = run(controller, plant, 0.5)
+    l0s = [(fvu_at(1.0, 0.5, n / STEPS) / fvu) ** 2 for n, fvu in enumerate(fvus)]
+    assert min(l0s) > 0.7 * 32
+    assert l0s[-1] == pytest.approx(32, rel=0.05)
 
 
 @pytest.mark.parametrize(
