@@ -109,9 +109,10 @@ class LiveData(RunData):
             rows, names, order, prefetch_batches, val_batch, None,
             batch=batch, accumulate=accumulate, total_samples=total_samples,
         )  # fmt: skip
-        for number, other in enumerate(from_all(rows.identity)):
-            if other != rows.identity:
-                raise DataError(f"data=live: rank {number} has another text or language model than this one")
+        first, *others = from_all(rows.identity)
+        different = [number for number, other in enumerate(others, 1) if other != first]
+        if different:
+            raise DataError(f"data=live: rank {different[0]} has another text or language model than rank 0")
         self._file = RunFolder(folder).live
         self.rows = rows
         rows.moments = from_first(lambda: self._kept() or _measured(rows, stats_rows, say))
