@@ -21,7 +21,8 @@ from control.cells import Where, rows_of, there, words_of
 
 TARGET, AT = 32.0, 0.5
 DISTURBANCES = {"thresholds": 0.5, "strength": 100, "lr": 3, "data_scale": 1.5}
-TRAJECTORY = "[[0.0,500],[0.4,64],[0.7,32],[1.0,32]]"
+TRAJECTORY = "[[0.0,1000],[0.5,64],[0.8,32],[1.0,32]]"
+"""From where these runs begin: one that begins lower has both arrive from above, in the same steps and not samples."""
 LONGER = 4_915_200
 """Samples of the runs of two batch sizes: the trajectory is to need less than half the slew limit of the larger one."""
 

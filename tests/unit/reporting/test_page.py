@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("websocket", reason="needs websocket-client")
 
 from browser import Browser, browser, find_chromium
-from reference_run import BATCH, write_reference_run
+from reference_run import BATCH, D_SAE, write_reference_run
 
 from sparsepilot.reporting.labels import labels
 from sparsepilot.reporting.page import write_page
@@ -159,12 +159,23 @@ def test_the_five_pictures_of_the_reference(page: Browser, folder: Path, rows, t
     assert control["yaxis3"]["title"] == "validation cross-entropy (nats)"
     x, y = series(page, "control", "measured")
     assert (x, y) == ([r["step"] for r in rows if "val/ce" in r], [r["val/ce"] for r in rows if "val/ce" in r])
+    by_step = {row["step"]: row for row in train}
+    x, y = series(page, "control", "training batch")
+    assert len(x) > 1000
+    assert y == pytest.approx([by_step[at]["train/l0"] / D_SAE for at in x])
+    x, y = series(page, "control", "strength")
+    assert len(x) > 1000
+    assert y == [by_step[at]["controller/strength"] for at in x]
     dashes = page.value(f"{plot('control')}._fullData.filter((t) => t.name === 'target').map((t) => t.line.dash)")
     assert dashes == ["5px,3px"]
 
     dead = drawn_axes(page, "dead_latents")
     assert dead["xaxis"]["title"] == "samples (M)"
     assert "dead window 10M samples" in page.value(f"{plot('dead_latents')}.textContent")
+    x, y = series(page, "dead_latents", "dead")
+    counts = {row["samples"] / 1e6: row["train/dead_latents"] for row in train}
+    assert max(y) == max(counts.values()) > 0
+    assert [counts[at] for at in x] == y
     rate = drawn_axes(page, "learning_rate")
     assert rate["xaxis"]["ticks"] == ["50M", "100M", "150M", "200M"]
     level = [lr for at, lr in line_on_screen(page, "learning_rate") if 10e6 < at < 100e6]
@@ -173,6 +184,25 @@ def test_the_five_pictures_of_the_reference(page: Browser, folder: Path, rows, t
     dots = page.value(f"{plot('learning_rate')}._fullData[0].marker.size")
     assert dots[-1] > 0
     assert set(dots[:-1]) == {0}
+
+
+def test_the_mouse_over_a_picture_shows_the_values_there(page: Browser, folder: Path, rows, tmp_path: Path) -> None:
+    page.open(write(tmp_path / "report.html", folder), DRAWN)
+    box = page.value(f"""(() => {{
+        {plot("l0")}.scrollIntoView();
+        const box = {plot("l0")}.querySelector(".nsewdrag").getBoundingClientRect();
+        return [box.x + box.width / 2, box.y + box.height / 2];
+    }})()""")
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
+    shown = f"[...{plot('l0')}.querySelectorAll('.hoverlayer text')].map((t) => t.textContent)"
+    page.wait_for(f"{shown}.length > 1")
+    texts = page.value(shown)
+    at = float(texts[0])
+    assert at == pytest.approx(100, abs=1)
+    named = dict(text.split(": ") for text in texts if ": " in text)
+    near = min((row for row in rows if "train/l0" in row), key=lambda row: abs(row["samples"] - 1e6 * at))
+    assert float(named["set point"]) == pytest.approx(near["controller/target"], rel=1e-3)
+    assert float(named["training batch"]) == pytest.approx(near["train/l0"], rel=1e-3)
 
 
 def test_zoom_scale_and_theme(page: Browser, folder: Path, tmp_path: Path) -> None:
