@@ -65,7 +65,8 @@ prepared: list[bool] = []
 
 @contextlib.contextmanager
 def one_run(cfg: DictConfig) -> Iterator[None]:
-    """The body of train.py: a run by itself, or a member of a sweep, whose error does not stop the others.
+    """The body of train.py: a run by itself, or a member of a sweep, whose error does not stop the others (but for the
+    other ranks of that member).
 
     A job that submitit has submitted begins here, behind `run`.
     """
@@ -99,7 +100,7 @@ def one_run(cfg: DictConfig) -> Iterator[None]:
         told = _is_mine_to_say(error, line)
         if record.failed(line, knows=told and not _is_secondhand(error)) and told:
             print(f"error: {line}", file=sys.stderr)
-        if launch.handed is not None:
+        if launch.handed is not None or ranks.ranks_here() is not None:  # or the other ranks would wait for this one
             raise SystemExit(2) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
@@ -17,12 +18,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from warm import Warm
 
+from sparsepilot import ranks
+from sparsepilot.config import cli
 from sparsepilot.config.check import check
 from sparsepilot.config.resolvers import register_resolvers
 from sparsepilot.config.schema import register
+from sparsepilot.config.sweeping import Record
 from sparsepilot.errors import ConfigError
 from sparsepilot.reporting.sweep import joined, member_name, members_table, read_sweep, write_sweep_report, write_table
-from sparsepilot.sweep_folder import Member, SweepFolder
+from sparsepilot.sweep_folder import Member, Place, SweepFolder
 
 TRAIN = str(ROOT / "train.py")
 
@@ -168,3 +172,23 @@ def test_ranks_that_somebody_else_has_started_do_not_sweep(warm: Warm, tmp_path:
     assert done.returncode == 2
     said = "error: -m: this process is one of several that srun or torchrun has started, and a sweep is started by one;"
     assert done.stderr.startswith(said)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2])
+def test_an_error_of_one_rank_ends_its_member_and_not_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], num_tasks: int
+) -> None:
+    """A job of submitit with a task for each rank: srun ends the others where one of them fails."""
+    SweepFolder(tmp_path).write(Member(0, [], str(tmp_path / "0"), "running"))
+    environment = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(num_tasks),
+                   "SLURM_PROCID": str(num_tasks - 1), "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}  # fmt: skip
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "prepared", [True])
+    monkeypatch.setattr(cli, "place_here", lambda: Place(str(tmp_path), 0))
+    monkeypatch.setattr(Record, "begin", lambda self, cfg: None)
+    monkeypatch.setattr(ranks, "may_say", [lambda line: True])
+    with pytest.raises(SystemExit) if num_tasks > 1 else contextlib.nullcontext(), cli.one_run(OmegaConf.create({})):
+        raise ConfigError("this rank's disk is full")
+    assert SweepFolder(tmp_path).member(0).error == "this rank's disk is full"
+    assert capsys.readouterr().err == "error: this rank's disk is full\n"
