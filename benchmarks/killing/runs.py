@@ -137,7 +137,9 @@ class RunUnderTest:
         log.unlink(missing_ok=True)
         fault = f"{kill.point}:{occurrence}" + ("" if kill.rank is None else f"@{kill.rank}")
         armed = {"SPARSEPILOT_FAULT": fault, "SPARSEPILOT_FAULT_LOG": str(log)}
-        ended, problems = self._watched_start(begin, {**(environment or {}), **armed})
+        # an unchanged config.yaml is not written again
+        more = ("data.prefetch_batches=3",) if kill.point == "config-write" else ()
+        ended, problems = self._watched_start(begin, {**(environment or {}), **armed}, more)
         fired = log.read_text(encoding="utf-8").split() if log.exists() else []
         if ended.code != -signal.SIGKILL or set(fired) != {kill.point}:
             problems.append(f"{armed['SPARSEPILOT_FAULT']}: exit {ended.code}, fired {fired}: {ended.out[-500:]}")
@@ -167,10 +169,12 @@ class RunUnderTest:
             "differences": run_differences(self.reference, self.folder),
         }
 
-    def _watched_start(self, begin: int, environment: Mapping[str, str]) -> tuple[Ended, list[str]]:
+    def _watched_start(
+        self, begin: int, environment: Mapping[str, str], more: tuple[str, ...] = ()
+    ) -> tuple[Ended, list[str]]:
         """Starts, and checks that a resumed process took none of the steps before its checkpoint a second time."""
         before = self._timing_rows(begin)
-        ended = self.start(environment)
+        ended = self.start(environment, more)
         problems = []
         said = re.search(r"resuming .* at ([\d,]+) samples", ended.out)
         if begin and (said is None or int(said[1].replace(",", "")) != begin * BATCH):
