@@ -16,9 +16,9 @@ from sparsepilot.ops.topk import GROUP_SIZE
 MIB = 2**20
 FP32, BF16 = 4, 2
 
-HELD_SHARE = 0.8
+HELD_SHARE = 1.0
 """On CPU: of what a step makes and drops again, so much more stays with malloc in pieces too small for the next step's
-(process_memory.py has it keep what is freed). Taken from seven measured runs (docs/log.md)."""
+(process_memory.py has it keep what is freed). Taken from twelve measured runs (docs/log.md), on two machines."""
 FIRST_STEPS_BYTES = 55 * MIB
 """On CPU: what libraries load and set up in the first steps, after everything was imported; measured."""
 CUDA_BASE_BYTES = 600 * MIB
