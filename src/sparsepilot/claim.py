@@ -111,7 +111,7 @@ def _was_begun_by_this_job(folder: RunFolder) -> bool:
     if not slurm.was_requeued() or not folder.identity.exists():
         return False
     starts = read_object(folder.identity).get("starts", [])
-    return bool(starts) and starts[0]["slurm_job"] == slurm.job()
+    return bool(starts) and starts[0].get("slurm_job") == slurm.job()
 
 
 def claim_together(run_dir: str, resume: str, config: dict[str, Any]) -> Claim:

@@ -75,18 +75,17 @@ def requeue() -> None:
     assert name is not None
     print(f"job {name} goes back into the queue", flush=True)
     queued_again.append(name)
-    done = _scontrol("requeue", name)
-    for _ in range(ASK_AGAIN):
+    for pause_s in PAUSES_S:
+        time.sleep(pause_s)
+        done = _scontrol("requeue", name)
         if done.returncode == 0:
             return
-        time.sleep(ASK_AGAIN_AFTER_S)  # slurmctld has much to do where many jobs leave at once
-        done = _scontrol("requeue", name)
-    if done.returncode != 0:
-        queued_again.clear()
-        print(f"job {name} could not be put back into the queue: {' '.join(done.stderr.split())}", flush=True)
+    queued_again.clear()
+    print(f"job {name} could not be put back into the queue: {' '.join(done.stderr.split())}", flush=True)
 
 
-ASK_AGAIN, ASK_AGAIN_AFTER_S = 2, 2.0
+PAUSES_S = (0.0, 2.0, 2.0)
+"""Before each request to put a job back: slurmctld has much to do where many jobs leave at once."""
 
 
 def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:

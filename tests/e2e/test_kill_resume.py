@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,20 @@ def test_signals_save_and_leave(lab: Lab, tmp_path: Path) -> None:
         assert ended.code == 0, ended.out
         assert run.resumes_at == step  # the step that the signal fell into was finished and saved
         assert not (run.folder / "summary.json").exists()
+    assert_ends_equal(run)
+
+
+def test_a_job_that_slurm_does_not_take_back_has_failed_with_everything_saved(lab: Lab, tmp_path: Path) -> None:
+    """Or what waits for its end would start, and nobody would start it again."""
+    program = tmp_path / "scontrol"
+    program.write_text("#!/bin/sh\necho no >&2; exit 1\n")
+    program.chmod(0o755)
+    run = lab.run(tmp_path / "run")
+    refusing = {"SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ended = run.start({"KILLING_SIGNAL": f"SIGUSR1:{56 * BATCH}", **refusing})
+    assert ended.code == 128 + signal.SIGUSR1, ended.out
+    assert "job 7 could not be put back into the queue: no" in ended.out
+    assert run.resumes_at == 57
     assert_ends_equal(run)
 
 

@@ -75,6 +75,20 @@ def test_a_job_that_slurm_does_not_take_back_has_failed(tmp_path: Path) -> None:
     assert "job 7 could not be put back into the queue: no" in out
 
 
+@pytest.mark.slow  # a process
+def test_train_py_answers_before_it_imports_hydra(tmp_path: Path) -> None:
+    """On a cold network filesystem that import takes long; here the signal comes in the middle of it."""
+    (tmp_path / "hydra.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGUSR1)\n")
+    log, program = tmp_path / "asked", tmp_path / "scontrol"
+    program.write_text(SCONTROL.format(log=log, preempt="None"))
+    program.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": f"{tmp_path}:{ROOT / 'src'}"}
+    command = [sys.executable, str(ROOT / "train.py")]
+    done = subprocess.run(command, env={**env, "SLURM_JOB_ID": "7"}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, BACK, "")
+    assert log.read_text().splitlines() == ["requeue 7"]
+
+
 def test_outside_of_slurm_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(("SLURM", "SUBMITIT"))]:
         monkeypatch.delenv(name)

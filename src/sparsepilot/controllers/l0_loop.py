@@ -144,8 +144,7 @@ class L0Loop:
         self._gains = Gains(
             self._proportional, slower * lag, drift_after * lag, 1.0, RATE / lag, math.log(low), math.log(high)
         )
-        u = math.log(self.strength)
-        self._pi, self._start, self._upset = PI(u, u), (0.0, 0.0), Upset()
+        self._set(math.log(self.strength))
         if plant.kind == "penalty":
             self.begin()
         self._estimate = GainEstimate()
@@ -169,8 +168,12 @@ class L0Loop:
         default = clamp(BEGIN * self.plant.initial, self._low, self._high)
         wanted = math.log(self.initial_strength or default)
         u = min(wanted, math.log(default))
-        self._pi, self._start, self._upset = PI(u, u), (wanted - u, 0.0), Upset()
+        self._set(u, wanted - u)
         self.strength = math.exp(u)
+
+    def _set(self, u: float, to_rise: float = 0.0) -> None:
+        """ln(strength) is `u` from here on, without a jump, and has so many nats to rise."""
+        self._pi, self._start, self._upset = PI(u, u), (to_rise, 0.0), Upset()
 
     @property
     def ratio(self) -> float:
@@ -292,8 +295,7 @@ class L0Loop:
     def put(self, strength: float) -> None:
         """Puts a penalty where an outer law wants it; the loop goes on from there without a jump."""
         u = math.log(clamp(strength, self._low, self._high))
-        self._pi, self._start = PI(u, u), (0.0, 0.0)
-        self._upset = Upset()
+        self._set(u)
         self.strength = math.exp(u)
 
     def disturb(self, factor: float) -> None:
