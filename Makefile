@@ -26,8 +26,9 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY)  ## train on the demo data; overrides: make train ARGS="model.k=64 run_dir=runs/mine"
 	@$(BIN)/python train.py $(ARGS)
 
+# one process more than two cores: for a third of the time one of them waits for Slurm
 test: $(READY)   ## the whole test suite
-	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
 
 test-fast: $(READY)  ## the tests that take seconds
 	@$(BIN)/python -m pytest -n 2 -m "not slow and not timing" $(ARGS)

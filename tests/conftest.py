@@ -1,4 +1,4 @@
-"""What all tests share: one thread per process (two test processes run side by side), and in-process training runs."""
+"""What all tests share: one thread per process (several run side by side), and in-process training runs."""
 
 from __future__ import annotations
 

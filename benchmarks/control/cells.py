@@ -8,14 +8,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from sparsepilot.controllers.l0_loop import BEGIN
+from sparsepilot.controllers.penalty_knob import BEGIN
 from sparsepilot.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +38,8 @@ DATA = {
     "demo": ["data.path={cache}", "model.d_sae=2048", "samples=1_228_800", "batch=512", "optimizer.lr=1e-3"],
 }  # fmt: skip
 """The planted data are this project's, at 256 dimensions, 512 features, 16 of them active; the demo's the README's."""
+VALIDATIONS = 50
+"""Of a run with a k. Its L0 in training is what was set; whether control arrives, the L0 of held-out rows says."""
 
 
 class Where(NamedTuple):
@@ -68,6 +70,25 @@ class Where(NamedTuple):
 def words_of(where: Where, data: str, model: str) -> list[str]:
     """Overrides of train.py for a model on some data."""
     return [word.format(scratch=where.scratch, cache=where.cache) for word in DATA[data]] + MODELS[model]
+
+
+def judged_by(model: str) -> str:
+    """What of a run's rows is the L0 that is judged: the loop's own reckoning of it, or what validations found."""
+    return "controller/measured" if model in PENALTIES else "val/l0"
+
+
+def validated(model: str, samples: int) -> list[str]:
+    """Overrides that have a run with a k validated often enough to be judged."""
+    return [] if model in PENALTIES else [f"callbacks.validate_every_samples={samples // VALIDATIONS}"]
+
+
+def samples_of(words: Iterable[str]) -> int:
+    """The budget that overrides name last.
+
+    >>> samples_of(["samples=1_536_000", "batch=512"])
+    1536000
+    """
+    return int([word.partition("=")[2] for word in words if word.startswith("samples=")][-1])
 
 
 def initial_strength(model: str, start: float) -> list[str]:
@@ -104,6 +125,19 @@ def train(where: Where, name: str, words: list[str]) -> float:
 def rows_of(where: Where, name: str) -> list[dict[str, Any]]:
     """The rows that a run has logged."""
     return list(read_rows(where.scratch / name / "metrics.jsonl"))
+
+
+def parts_of(rows: Iterable[Mapping[str, Any]], key: str, width_samples: float) -> dict[int, list[float]]:
+    """The values of `key` in equal stretches of a run, by their number; a step belongs where its samples were read.
+
+    >>> parts_of([{"samples": 4, "l0": 9.0}, {"samples": 8, "l0": 7.0}, {"samples": 8}], "l0", 4)
+    {0: [9.0], 1: [7.0]}
+    """
+    parts: dict[int, list[float]] = {}
+    for row in rows:
+        if key in row:
+            parts.setdefault(int((row["samples"] - 1) / width_samples), []).append(row[key])
+    return parts
 
 
 def last_of(where: Where, name: str) -> dict[str, Any]:

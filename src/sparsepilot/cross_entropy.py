@@ -17,6 +17,7 @@ from sparsepilot.lm.devices import device_here
 from sparsepilot.lm.load import load
 from sparsepilot.lm.seam import Seam
 from sparsepilot.lm.splice import SplicedCrossEntropy
+from sparsepilot.ranks import is_first
 from sparsepilot.training.trainee import Sites
 
 
@@ -85,7 +86,7 @@ def spliced(
         kl=kl,
     )
     check_rows(cache, read.name, model, contexts)
-    if not measurement.seam.restarts:
+    if not measurement.seam.restarts and is_first():
         warnings.warn(
             f"cross_entropy: {model.id} cannot be started at {write.name}, so each measurement runs the whole model",
             stacklevel=1,

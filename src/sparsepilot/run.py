@@ -148,6 +148,7 @@ def check_run(cfg: DictConfig, console: Console) -> dict[str, str]:
     module = build_module(cfg, data)
     _begin_from(origins, module, cfg, console)
     folder = RunFolder(cfg.run_dir)
+    _say_notes(cfg, module, console)
     build_trainer(cfg, folder, RunLog(folder, samples=0), console, samples=0)
     sizes = measure_sizes(module, data)
     print_sizes(console, sizes)

@@ -113,6 +113,17 @@ def leave_during_start_up() -> None:
             signal.signal(number, _leave)
 
 
+def end_when_told() -> None:
+    """For a rank that has found a mistake and waits for rank 0 to say it: SIGTERM ends it, one that has come, too.
+
+    `srun --kill-on-bad-exit` sends that as soon as rank 0 has ended, and SIGKILL only after Slurm's KillWait, half a
+    minute by default.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if signal.SIGTERM in asked_early:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _leave(number: int, frame: Any) -> None:
     if not is_first():
         asked_early.append(number)  # rank 0 was told the same, or training will tell it at the first step

@@ -53,11 +53,11 @@ def test_from_any_trainer_to_any_other(warm: Warm, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills as POSIX has them")
 def test_a_killed_grid_ends_as_an_unbroken_one(warm: Warm, tmp_path: Path) -> None:
-    given = {"launcher": ranks(warm, *GRID), "options": (f"samples={BATCH * 80}",)}
+    given = {"launcher": ranks(warm, *GRID), "options": (f"samples={BATCH * 40}",)}
     unbroken = RunUnderTest(tmp_path / "unbroken", tmp_path / "cache", **given)
     assert unbroken.start().code == 0
     run = RunUnderTest(tmp_path / "run", tmp_path / "cache", 1, unbroken.folder, **given)
-    assert run.kill(Kill("mid-step", "mid-step", 47, 0.0, rank=3), tmp_path / "fault.log")["problems"] == []
+    assert run.kill(Kill("mid-step", "mid-step", 27, 0.0, rank=3), tmp_path / "fault.log")["problems"] == []
     report = run.finish()
     assert report["problems"] == []
     assert report["differences"] == []

@@ -26,6 +26,12 @@ pytestmark = [
 ]
 
 
+STEPS = 80
+"""Enough for eight checkpoints, and for every kill below."""
+SHORT = (f"samples={BATCH * 40}",)
+"""Enough for one kill at step 27, and for ten steps after the next checkpoint."""
+
+
 class Lab:
     """The warm server, and one unbroken run for each number of ranks."""
 
@@ -41,14 +47,22 @@ class Lab:
         """The unbroken run of so many ranks, made when it is first asked for."""
         if (world, trainer) not in self.unbroken:
             path = self.folder / f"unbroken-{trainer}-{world}"
-            ended = RunUnderTest(path, self.folder / "cache", launcher=self.launcher(world, trainer)).start()
+            ended = self.under(path, self.launcher(world, trainer)).start()
             assert ended.code == 0, ended.out
             self.unbroken[world, trainer] = path
         return self.unbroken[world, trainer]
 
     def run(self, folder: Path, world: int, trainer: str = "ddp_gloo") -> RunUnderTest:
-        launcher = self.launcher(world, trainer)
-        return RunUnderTest(folder, self.folder / "cache", 1, self.reference(world, trainer), launcher)
+        return self.under(folder, self.launcher(world, trainer), self.reference(world, trainer))
+
+    def under(
+        self,
+        folder: Path,
+        launcher: Launch,
+        reference: Path | None = None,
+        options: tuple[str, ...] = (f"samples={BATCH * STEPS}",),
+    ) -> RunUnderTest:
+        return RunUnderTest(folder, self.folder / "cache", 1, reference, launcher, options=options)
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +70,11 @@ def lab(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(tmp_path_factory.mktemp("lab"), warm)
 
 
-def assert_close(expected: list[dict[str, Any]], found: list[dict[str, Any]], steps: int) -> None:
-    """Rows of metrics up to so many steps: counts equal, measurements within 1e-5."""
+def assert_close(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
+    """Rows of metrics: counts equal, measurements within 1e-5."""
     assert len(expected) == len(found)
     for a, b in zip(expected, found, strict=True):
-        for key, value in a.items() if a["step"] <= steps else ():
+        for key, value in a.items():
             close = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
             assert b[key] == close, (key, a["step"])
 
@@ -88,8 +102,6 @@ CELLS = {
     ),
 }
 TRAINERS = ("ddp_gloo", "fsdp_cpu")
-SHORTER = f"samples={BATCH * 80}"
-"""Enough for one kill at step 47."""
 
 
 def assert_cell_ends_equal(run: RunUnderTest, kills: tuple[Kill, ...], log: Path) -> None:
@@ -101,14 +113,12 @@ def assert_cell_ends_equal(run: RunUnderTest, kills: tuple[Kill, ...], log: Path
 
 
 def test_ranks_with_several_trainees_are_killed_and_go_on(lab: Lab, tmp_path: Path) -> None:
-    def run(folder: Path, reference: Path | None) -> RunUnderTest:
-        options = (*SEVERAL, SHORTER)
-        return RunUnderTest(folder, lab.folder / "cache", 1, reference, lab.launcher(2), options=options)
-
-    ended = run(tmp_path / "unbroken", None).start()
+    given = {"launcher": lab.launcher(2), "options": (*SEVERAL, *SHORT)}
+    ended = lab.under(tmp_path / "unbroken", **given).start()
     assert ended.code == 0, ended.out
-    kill = Kill("mid-step", "mid-step", 47, 0.0, rank=1)
-    assert_cell_ends_equal(run(tmp_path / "run", tmp_path / "unbroken"), (kill,), tmp_path / "fault.log")
+    kill = Kill("mid-step", "mid-step", 27, 0.0, rank=1)
+    run = lab.under(tmp_path / "run", reference=tmp_path / "unbroken", **given)
+    assert_cell_ends_equal(run, (kill,), tmp_path / "fault.log")
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -138,7 +148,7 @@ def test_the_file_of_one_rank_counts_for_all(lab: Lab, tmp_path: Path) -> None:
         assert [e.code for e in ended] == [2, 2]
         return Ended(2, "".join(e.out for e in ended))
 
-    ended = RunUnderTest(run.folder, lab.folder / "cache", 1, launcher=on_a_full_disk).start()
+    ended = lab.under(run.folder, on_a_full_disk).start()
     errors = [line for line in ended.out.splitlines() if "error" in line]
     assert len(errors) == 1, ended.out
     assert "rank-00001.ckpt: the disk is full; checkpoints written before are whole" in errors[0]
@@ -158,7 +168,7 @@ def test_any_trainer_goes_on_from_any_checkpoint(lab: Lab, tmp_path: Path) -> No
     legs = [(1, "cpu", 17), (4, "fsdp_cpu", 37), (2, "fsdp_cpu", 57), (2, "ddp_gloo", 77), (1, "cpu", 0)]
     begins = 0
     for world, trainer, dies_at in legs:
-        run = RunUnderTest(folder, lab.folder / "cache", 1, launcher=lab.launcher(world, trainer))
+        run = lab.under(folder, lab.launcher(world, trainer))
         assert run.resumes_at == begins
         if dies_at:
             assert run.kill(Kill("mid-step", "mid-step", dies_at, 0.0), tmp_path / "fault.log")["problems"] == []
@@ -168,19 +178,17 @@ def test_any_trainer_goes_on_from_any_checkpoint(lab: Lab, tmp_path: Path) -> No
             assert ended.code == 0, ended.out
             assert "same order of data but not the same bits: ranks was 2, is 1" in ended.out
     expected = list(read_rows(lab.reference(2, "fsdp_cpu") / "metrics.jsonl"))
-    assert_close(expected, list(read_rows(folder / "metrics.jsonl")), steps=90)
+    assert_close(expected, list(read_rows(folder / "metrics.jsonl")))
 
 
 def test_four_ranks_add_up_in_one_order(lab: Lab, tmp_path: Path) -> None:
     """In a ring, other messages in the first step of a process would make other bits of them."""
-
-    def run(folder: Path, reference: Path | None) -> RunUnderTest:
-        return RunUnderTest(folder, lab.folder / "cache", 1, reference, lab.launcher(4), options=(SHORTER,))
-
-    ended = run(tmp_path / "unbroken", None).start()
+    given = {"launcher": lab.launcher(4), "options": SHORT}
+    ended = lab.under(tmp_path / "unbroken", **given).start()
     assert ended.code == 0, ended.out
-    kill = Kill("mid-step", "mid-step", 47, 0.0, rank=3)
-    assert_cell_ends_equal(run(tmp_path / "run", tmp_path / "unbroken"), (kill,), tmp_path / "fault.log")
+    kill = Kill("mid-step", "mid-step", 27, 0.0, rank=3)
+    run = lab.under(tmp_path / "run", reference=tmp_path / "unbroken", **given)
+    assert_cell_ends_equal(run, (kill,), tmp_path / "fault.log")
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -199,20 +207,19 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples(lab: Lab, tmp_pat
     run = lab.run(tmp_path / "run", 2)
     assert run.kill(Kill("mid-step", "mid-step", 47, 0.0), tmp_path / "fault.log")["problems"] == []
     before = (run.folder / "metrics.jsonl").read_bytes()
-    other = RunUnderTest(run.folder, lab.folder / "cache", 1, launcher=lab.launcher(more_ranks))
-    ended = other.start()
+    ended = lab.under(run.folder, lab.launcher(more_ranks)).start()
     assert ended.code == 0, ended.out
     assert f"at {40 * BATCH:,} samples" in ended.out
     assert ended.out.count("same order of data but not the same bits: ranks was 2") == 1
     assert (run.folder / "metrics.jsonl").read_bytes().startswith(before[: before.index(b'{"step": 41')])
     expected = list(read_rows(lab.reference(2) / "metrics.jsonl"))
-    assert_close(expected, list(read_rows(run.folder / "metrics.jsonl")), steps=90)
+    assert_close(expected, list(read_rows(run.folder / "metrics.jsonl")))
 
 
 def test_ranks_that_do_not_share_the_streams_are_refused(lab: Lab, tmp_path: Path) -> None:
     run = lab.run(tmp_path / "run", 2)
     shutil.copytree(lab.reference(2), run.folder, symlinks=True)
-    ended = RunUnderTest(run.folder, lab.folder / "cache", 1, launcher=lab.launcher(3)).start()
+    ended = lab.under(run.folder, lab.launcher(3)).start()
     assert ended.code == 2
     # once by each: nobody ends the others here, as srun, torchrun and launch.py do when the first has spoken
     assert ended.out.splitlines() == 3 * [

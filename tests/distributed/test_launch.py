@@ -19,7 +19,7 @@ from warm import Warm
 from sparsepilot.rows import read_rows
 
 pytestmark = [
-    pytest.mark.slow,  # each process imports torch
+    pytest.mark.slow,  # a dozen processes, some of which import torch
     pytest.mark.skipif(not hasattr(os, "fork"), reason="kills and signals as POSIX has them"),
 ]
 TWO = ("trainer=ddp_gloo", "trainer.devices=2")
@@ -47,7 +47,8 @@ def begin(run: RunUnderTest) -> subprocess.Popen[str]:
 def test_what_becomes_of_ranks_and_of_the_process_that_started_them(warm: Warm, tmp_path: Path) -> None:
     reference = RunUnderTest(tmp_path / "unbroken", tmp_path / "cache", launcher=Ranks(2, "ddp_gloo", warm.ranks))
     assert reference.start().code == 0
-    run = RunUnderTest(tmp_path / "run", tmp_path / "cache", reference=reference.folder)
+    # all forked; below two starts are from nothing
+    run = RunUnderTest(tmp_path / "run", tmp_path / "cache", reference=reference.folder, launcher=warm)
 
     began_s = time.monotonic()
     ended = run.start({"SPARSEPILOT_FAULT": "mid-step:33@1"}, TWO)
@@ -85,24 +86,21 @@ def test_what_becomes_of_ranks_and_of_the_process_that_started_them(warm: Warm, 
         (("run_dir=a_file/run",), "error: cannot write a_file"),
     ],
 )
-def test_an_error_is_said_once(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
+def test_an_error_is_said_once(warm: Warm, tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
     (tmp_path / "a_file").touch()
     arguments = [str(ROOT / "train.py"), *TINY, "data.path=cache", "run_dir=run", *TWO]
     if "data=cache" in overrides:
         arguments = [str(ROOT / "train.py"), "data.path=cache/none", "run_dir=run", *TWO]
-    done = subprocess.run(
-        [sys.executable, *arguments, *overrides], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = warm.script([*arguments, *overrides], tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(message)
     assert len(done.stderr.splitlines()) == 1
     assert "result" not in done.stdout
 
 
-def test_a_mistake_that_rank_0_has_not_found_is_said_by_who_has(tmp_path: Path) -> None:
+def test_a_mistake_that_rank_0_has_not_found_is_said_by_who_has(warm: Warm, tmp_path: Path) -> None:
     """Another node, another disk: rank 0 goes on to where the ranks meet, and waits."""
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, "data.path=cache", "run_dir=run", "model.d_sae=-3"]
+    arguments = [str(ROOT / "train.py"), *TINY, "data.path=cache", "run_dir=run", "model.d_sae=-3"]
     second = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    environment = {**os.environ, **second, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = warm.script(arguments, tmp_path, **second)
     assert (done.returncode, done.stderr) == (2, "error: model.d_sae = -3: should be greater than 0\n")

@@ -17,7 +17,7 @@ from sparsepilot.rows import read_rows, rows_of_trainee
 
 pytestmark = pytest.mark.slow  # a hundred processes
 
-STEPS, BATCH = 50, 256
+STEPS, BATCH = 30, 256
 WATCHED = "tests/distributed/watched.py"
 OPTIONS = (
     *TINY,
@@ -47,7 +47,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "gated": ("model=gated", "model/revival=aux_k"),
     "relu": ("model=relu", "controller=ramp"),
     "relu, p-annealed": ("model=relu", "model.penalty=p", "model.p_start_fraction=0"),
-    "resampling": ("model=topk", "model.k=2", "model/revival=resample", "model.revival.every_samples=2560"),
+    "resampling": ("model=topk", "model.k=2", "model/revival=resample", "model.revival.every_samples=1280"),
     "accumulated": ("model=batchtopk", "model.k=2", "accumulate=2"),
     "muon": ("model=topk", "model.k=2", "optimizer=muon"),
 }

@@ -16,7 +16,7 @@ import pytest
 import torch
 from killing.compare import run_differences
 from killing.planted_bug import BUGS
-from killing.runs import BATCH, SEVERAL, STEPS, Ended, Kill, RunUnderTest
+from killing.runs import BATCH, SEVERAL, Ended, Kill, RunUnderTest
 from warm import Warm
 
 from sparsepilot.callbacks.checkpoint_io import CrashSafeIO, is_whole, list_checkpoints
@@ -28,6 +28,11 @@ pytestmark = [
 ]
 
 
+STEPS = 80
+SHORT = (f"samples={BATCH * STEPS}",)
+"""Enough for eight checkpoints, and for every kill below."""
+
+
 class Lab:
     """The warm server, one cache, one unbroken run of each kind and one run that was killed at step 47."""
 
@@ -35,7 +40,7 @@ class Lab:
         self.folder, self.warm = folder, warm
         self.unbroken = {accumulate: folder / f"unbroken-{accumulate}" for accumulate in (1, 2)}
         for accumulate, reference in self.unbroken.items():
-            ended = RunUnderTest(reference, folder / "cache", accumulate, launcher=self.warm).start()
+            ended = RunUnderTest(reference, folder / "cache", accumulate, launcher=self.warm, options=SHORT).start()
             assert ended.code == 0, ended.out
         broken = self.run(folder / "broken")
         report = broken.kill(Kill("mid-step", "mid-step", 47, 0.0), folder / "fault.log")
@@ -43,9 +48,8 @@ class Lab:
         assert broken.resumes_at == 40
 
     def run(self, folder: Path, accumulate: int = 1, **options: Any) -> RunUnderTest:
-        return RunUnderTest(
-            folder, self.folder / "cache", accumulate, self.unbroken[accumulate], launcher=self.warm, **options
-        )
+        given = {"launcher": self.warm, "options": SHORT, **options}
+        return RunUnderTest(folder, self.folder / "cache", accumulate, self.unbroken[accumulate], **given)
 
     def broken(self, folder: Path) -> RunUnderTest:
         """A copy of the run that was killed at step 47, with checkpoints at 30 and 40."""
@@ -106,7 +110,7 @@ def test_a_killed_run_ends_as_an_unbroken_one(lab: Lab, tmp_path: Path, accumula
 
 
 def test_several_trainees_are_killed_and_go_on(lab: Lab, tmp_path: Path) -> None:
-    unbroken, given = tmp_path / "unbroken", {"launcher": lab.warm, "options": SEVERAL}
+    unbroken, given = tmp_path / "unbroken", {"launcher": lab.warm, "options": (*SEVERAL, *SHORT)}
     ended = RunUnderTest(unbroken, lab.folder / "cache", **given).start()
     assert ended.code == 0, ended.out
     run = RunUnderTest(tmp_path / "run", lab.folder / "cache", 1, unbroken, **given)
@@ -139,7 +143,7 @@ def test_a_number_left_out_of_the_state_is_found(lab: Lab, tmp_path: Path, bug: 
 
 def test_signals_save_and_leave(lab: Lab, tmp_path: Path) -> None:
     run = lab.run(tmp_path / "run", accumulate=2)
-    for name, step in (("SIGTERM", 23), ("SIGUSR1", 57), ("SIGINT", 88)):
+    for name, step in (("SIGTERM", 23), ("SIGUSR1", 57), ("SIGINT", 71)):
         ended = run.start({"KILLING_SIGNAL": f"{name}:{(step - 1) * BATCH}"})
         assert ended.code == 0, ended.out
         assert run.resumes_at == step  # the step that the signal fell into was finished and saved
@@ -208,7 +212,7 @@ def test_every_checkpoint_damaged_is_an_error(lab: Lab, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "shown"),
     [("model.k=5", "model.k: 4 -> 5"), ("data.num_streams=32", "data.num_streams: 16 -> 32"),
-     (f"samples={BATCH * 90}", f"samples: {BATCH * STEPS} -> {BATCH * 90}")],
+     (f"samples={BATCH * 60}", f"samples: {BATCH * STEPS} -> {BATCH * 60}")],
 )  # fmt: skip
 def test_another_model_or_order_of_rows_or_a_shorter_budget_is_refused(
     lab: Lab, tmp_path: Path, change: str, shown: str
@@ -239,7 +243,7 @@ def test_a_longer_budget_trains_on(lab: Lab, tmp_path: Path) -> None:
     before, after = ((folder / "metrics.jsonl").read_bytes() for folder in (lab.unbroken[1], run.folder))
     assert after.startswith(before)
     steps = [row["step"] for row in read_rows(run.folder / "metrics.jsonl") if "train/loss" in row]
-    assert steps[-6:] == [125, 130, 135, 140, 145, 150]
+    assert steps[-4:] == [99, 100, 105, 110]
     assert any(line.startswith("sae.safetensors") for line in run_differences(lab.unbroken[1], run.folder))
 
 
@@ -301,7 +305,7 @@ def test_a_full_disk_loses_nothing_that_was_whole(lab: Lab, tmp_path: Path, file
     def on_a_full_disk(arguments: list[str], environment: Mapping[str, str]) -> Ended:
         return lab.warm(arguments, environment, file_bytes=file_bytes)
 
-    full_disk = RunUnderTest(run.folder, lab.folder / "cache", 1, lab.unbroken[1], launcher=on_a_full_disk)
+    full_disk = lab.run(run.folder, launcher=on_a_full_disk)
     assert_one_clear_line(full_disk.start(), full, "the disk is full")
     assert list_checkpoints(run.folder / "checkpoints") == checkpoints
     assert all(is_whole(path) for _, path in checkpoints)

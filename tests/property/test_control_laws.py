@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from plants import BATCH, DENSE, Simulated, drive, penalty
 
 from sparsepilot.controllers.base import Measured
-from sparsepilot.controllers.l0_loop import BEGIN
 from sparsepilot.controllers.l0_target import L0Target
 from sparsepilot.controllers.laws import PI, Gains, pi_step
+from sparsepilot.controllers.penalty_knob import BEGIN
 
 LAG_STEPS = 20
 """One lag of the loop, its default."""
@@ -102,6 +102,44 @@ def test_a_slew_limit_of_twice_the_trajectory_is_enough(plant: Simulated, spare:
     """JumpReLU: L0 moves at most at a certain rate, and the coherence of the thresholds says when."""
     plant.slew = spare * math.log(DENSE / plant.target) / REACH
     assert_settles(run(plant, wrong)[1])
+
+
+@law
+@given(st.builds(Simulated, **{**BASE, "gain": log_range(0.5, 3)}), log_range(2e-3, 1e-2), st.floats(0.7, 2.0))
+def test_a_trajectory_at_the_slew_limit_of_thresholds_and_above_it_winds_nothing_up(
+    plant: Simulated, slew: float, spare: float
+) -> None:
+    """The set point falls as fast as L0 can, or faster; an error that does not shrink is no reason to press harder."""
+    plant.slew, plant.lag = slew, plant.gain / 0.01
+    num_steps = math.ceil(5 * spare * math.log(DENSE / plant.target) / slew)
+    controller = L0Target(target_l0=plant.target)
+    controller.bind(penalty(plant.right, num_steps, integrates=True))
+    strongest, errors = 0.0, []
+    for n in range(num_steps // 100):
+        errors += [math.log(l0 / plant.target) for l0 in drive(controller, plant, 100, first=100 * n)]
+        strongest = max(strongest, controller.strength)
+    assert min(errors) >= math.log(0.8)
+    assert strongest <= 100 * plant.right
+    assert abs(errors[-1]) <= 0.02
+
+
+class WideKernel(Simulated):
+    """Thresholds that all rise while L0 is too high, as weights undo what they do: no limit of the plant's."""
+
+    def step(self, strength: float) -> Measured:
+        return super().step(strength)._replace(coherence=1.0 if self.y > math.log(1.05 * self.target) else 0.0)
+
+
+@law
+@given(
+    st.builds(WideKernel, **{**BASE, "gain": log_range(0.5, 3)}, noise=st.floats(0, 0.03), drift=st.just(-5e-4)),
+    st.sampled_from([0.01, 1.0]),
+)
+def test_thresholds_that_rise_together_are_no_limit_where_weights_press_on_l0_as_well(
+    plant: Simulated, wrong: float
+) -> None:
+    """Half a nat of drift per 1,000 steps: the strength is not to wait for it."""
+    assert_settles(run(plant, wrong)[1], after=50)
 
 
 @law

@@ -37,7 +37,7 @@ pytestmark = [
     pytest.mark.timeout(1500),  # ... and two minutes each; a second test process waits for the first one's cluster
     pytest.mark.skipif(bool(MISSING) or os.geteuid() != 0, reason=f"needs root, slurm-wlm, munge; missing: {MISSING}"),
 ]
-STEPS = 200
+STEPS = 120
 CLUSTER = str(ROOT / "tests" / "slurm" / "cluster.sh")
 
 
@@ -71,7 +71,7 @@ class Slurm:
         """while it is there, steps take longer (killing/targets.py)"""
         self.env = {
             **os.environ,
-            "KILLING_SLOW": f"0.5:{self.slow}",
+            "KILLING_SLOW": f"1:{self.slow}",
             "SLURM_CONF": str(folder / "slurm" / "slurm.conf"),
             "PYTHONPATH": f"{ROOT}/benchmarks{os.pathsep}{ROOT}/src",
             "SPARSEPILOT_VENV": sys.prefix,
@@ -199,17 +199,22 @@ def slurm() -> Iterator[Slurm]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(slurm: Slurm) -> Path:
-    job = slurm.train()
-    job.wait("COMPLETED")
-    assert job.out.count("planted features recovered") == 1  # one rank talks
-    return job.folder
+def two_runs(slurm: Slurm) -> tuple[Path, Path]:
+    """Unbroken ones, on two nodes and on one."""
+    jobs = slurm.train(), slurm.train(sbatch=("--nodes=1", "--ntasks-per-node=2"))
+    for job in jobs:
+        job.wait("COMPLETED")
+        assert job.out.count("planted features recovered") == 1  # one rank talks
+    return jobs[0].folder, jobs[1].folder
 
 
-def test_two_tasks_on_one_node_train_as_on_two(slurm: Slurm, unbroken: Path) -> None:
-    job = slurm.train(sbatch=("--nodes=1", "--ntasks-per-node=2"))
-    job.wait("COMPLETED")
-    assert run_differences(unbroken, job.folder) == []
+@pytest.fixture(scope="module")
+def unbroken(two_runs: tuple[Path, Path]) -> Path:
+    return two_runs[0]
+
+
+def test_two_tasks_on_one_node_train_as_on_two(two_runs: tuple[Path, Path]) -> None:
+    assert run_differences(*two_runs) == []
 
 
 def test_a_job_goes_on_after_all_that_may_end_it(slurm: Slurm, unbroken: Path) -> None:
@@ -253,9 +258,9 @@ def test_a_job_goes_on_after_all_that_may_end_it(slurm: Slurm, unbroken: Path) -
 
 def test_a_killed_rank_ends_the_job_and_a_requeued_job_goes_on(slurm: Slurm, unbroken: Path) -> None:
     """kill -9 of one rank: in start-up, before the ranks have met; between two steps; half-way through a checkpoint."""
-    # of the run's twenty saves the eleventh; the start after that one has ten left and meets no eleventh
+    # of the run's twelve saves the seventh; the start after that one has six left and meets no seventh
     fault = slurm.folder / "fault.log"
-    exported = f"--export=ALL,SPARSEPILOT_FAULT=checkpoint-rename:11@0,SPARSEPILOT_FAULT_LOG={fault}"
+    exported = f"--export=ALL,SPARSEPILOT_FAULT=checkpoint-rename:7@0,SPARSEPILOT_FAULT_LOG={fault}"
     job = slurm.train(sbatch=("--nodes=2", "--ntasks-per-node=1", exported))
 
     def fails(times: int) -> None:
@@ -303,12 +308,12 @@ def test_a_dictionary_divided_over_two_nodes_survives_them(
     slurm: Slurm, warm: Warm, tmp_path: Path, trainer: tuple[str, ...], here: tuple[str, ...]
 ) -> None:
     """Each node writes its part of a checkpoint; a signal and a rank that was killed change nothing."""
+    slurm.slow.touch()
+    job = slurm.train(f"trainer={trainer[0]}", *trainer[1:])
     own = (f"run_dir={tmp_path}", f"trainer={here[0]}", *here[1:])
     alone = warm.ranks(2, ["train.py", *slurm.options(), *own], {})
     assert [ended.code for ended in alone] == [0, 0], alone[0].out
 
-    slurm.slow.touch()
-    job = slurm.train(f"trainer={trainer[0]}", *trainer[1:])
     job.wait_for_a_step()
     slurm.ask("scancel", "--signal=USR1", job.number)
     slurm.hurry(job.number)
@@ -326,24 +331,23 @@ def test_a_dictionary_divided_over_two_nodes_survives_them(
 
 
 def test_an_error_of_all_tasks_is_said_once(slurm: Slurm) -> None:
-    job = slurm.train("model.k=0")
-    job.wait("FAILED")
-    wait_for("what it says", lambda: "error:" in job.out, 30)  # srun may write after the job has ended
-    assert [line for line in job.out.splitlines() if line.startswith("error:")] == [
-        "error: model.k = 0: should be greater than 0"
-    ]
     (slurm.folder / "a_file").touch()
-    job = slurm.train(f"run_dir={slurm.folder}/a_file/run")
-    job.wait("FAILED")
-    wait_for("what it says", lambda: "error:" in job.out, 30)  # srun may write after the job has ended
-    assert [line for line in job.out.splitlines() if line.startswith("error:")] == [
-        f"error: cannot write {slurm.folder}/a_file/run: Not a directory; what was whole before still is"
-    ]
+    words = ("model.k=0", f"run_dir={slurm.folder}/a_file/run")
+    jobs = [slurm.train(word) for word in words]
     slurm.env["SPARSEPILOT_VENV"], before = "/nowhere", slurm.env["SPARSEPILOT_VENV"]
-    job = slurm.train()
+    homeless = slurm.train()
     slurm.env["SPARSEPILOT_VENV"] = before
-    job.wait("FAILED")
-    assert job.out == "error: /nowhere: no Python environment there; run `make setup`, or set SPARSEPILOT_VENV\n"
+    said = []
+    for job in jobs:
+        job.wait("FAILED")
+        wait_for("what it says", lambda job=job: "error:" in job.out, 30)  # srun may write after the job has ended
+        said.append([line for line in job.out.splitlines() if line.startswith("error:")])
+    assert said == [
+        ["error: model.k = 0: should be greater than 0"],
+        [f"error: cannot write {slurm.folder}/a_file/run: Not a directory; what was whole before still is"],
+    ]
+    homeless.wait("FAILED")
+    assert homeless.out == "error: /nowhere: no Python environment there; run `make setup`, or set SPARSEPILOT_VENV\n"
 
 
 def test_an_array_writes_a_cache_and_a_killed_task_goes_on(slurm: Slurm, warm: Warm) -> None:

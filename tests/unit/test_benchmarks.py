@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference_run import write_reference_run
 from warm import Warm
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -126,3 +128,17 @@ def test_peers_are_named_and_their_scripts_need_nothing_of_ours() -> None:
     command = [sys.executable, "-c", code, str(BENCHMARKS / "peers")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert done.stdout == "3\n", done.stderr
+
+
+def test_trajectory_prints_how_a_run_kept_to_its_set_point(warm: Warm, tmp_path: Path) -> None:
+    """The reference: on its trajectory with 2% of noise, and falling throughout."""
+    folder = write_reference_run(tmp_path / "run", log_every_steps=1)
+    done = warm.script([str(BENCHMARKS / "trajectory.py"), str(folder), "--shares", "0.5", "1"])
+    assert done.returncode == 0, done.stderr
+    *_, half, end, _, rms, falls, settled = done.stdout.splitlines()
+    assert half.startswith("| 0.5 | 20.04 | ")
+    assert end.startswith("| 1 | 4 | ")
+    assert rms == "rms of the error over the last tenth: 2.0%"
+    below, pairs = map(int, re.findall(r"\d+", falls.rpartition(":")[2]))
+    assert (below > 190, pairs) == (True, 200)
+    assert settled == "within 5% for good from 0% of the budget on"

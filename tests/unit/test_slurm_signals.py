@@ -27,19 +27,41 @@ print("went on", slurm.asked_early)
 """
 
 
-def job(tmp_path: Path, *signals: str, preempted: bool = False, **environment: str) -> tuple[int, str, list[str]]:
-    """A process of job 7 that gets these signals: its exit status, what it printed, what it asked of Slurm."""
+MISTAKEN = """
+import os, signal, sys, threading
+from sparsepilot import slurm
+slurm.leave_during_start_up()
+def end():
+    os.kill(os.getpid(), signal.SIGTERM)
+if sys.argv[1] == "before":
+    end()
+from sparsepilot.config.cli import prepare, user_errors
+from sparsepilot.errors import ConfigError
+prepare(ranks_alike=True)
+if sys.argv[1] == "while it waits":
+    threading.Timer(0.5, end).start()
+with user_errors():
+    raise ConfigError("model.k = 0")
+"""
+
+
+def job(
+    tmp_path: Path, *given: str, script: str = JOB, preempted: bool = False, **environment: str
+) -> tuple[int, str, list[str]]:
+    """A process of job 7 that gets these signals, or is told this: its exit status, what it printed, what it asked of
+    Slurm."""
     log, program = tmp_path / "asked", tmp_path / "scontrol"
     program.write_text(SCONTROL.format(log=log, preempt="2026-01-01T00:00:00" if preempted else "None"))
     program.chmod(0o755)
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src"), "SLURM_JOB_ID": "7"}
-    command, env = [sys.executable, "-c", JOB, *signals], {**os.environ, **path, **environment}
+    command, env = [sys.executable, "-c", script, *given], {**os.environ, **path, **environment}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     return done.returncode, done.stdout, log.read_text().splitlines() if log.exists() else []
 
 
 BACK = "job 7 goes back into the queue\n"
+SECOND = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
 
 
 @pytest.mark.slow  # a process each
@@ -64,8 +86,13 @@ def test_sigterm_means_later_only_where_slurm_wants_the_room(tmp_path: Path, pre
 
 @pytest.mark.slow  # a process each
 def test_one_rank_asks_and_the_others_remember(tmp_path: Path) -> None:
-    rank = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
-    assert job(tmp_path, "SIGUSR1", "SIGTERM", **rank) == (0, "went on [10, 15]\n", [])
+    assert job(tmp_path, "SIGUSR1", "SIGTERM", **SECOND) == (0, "went on [10, 15]\n", [])
+
+
+@pytest.mark.slow  # a process each
+@pytest.mark.parametrize("told", ["before", "while it waits"])
+def test_a_rank_that_is_told_to_end_does_not_say_what_the_first_has_said(tmp_path: Path, told: str) -> None:
+    assert job(tmp_path, told, script=MISTAKEN, **SECOND) == (-15, "", [])
 
 
 @pytest.mark.slow  # a process each

@@ -17,6 +17,7 @@ from sparsepilot.autoencoders.prefixes import Prefixes
 from sparsepilot.autoencoders.revival import NoRevival, Revival
 from sparsepilot.autoencoders.step import Dense, Knob, Moment, Response, Selection, Step, Sums
 from sparsepilot.errors import ConfigError
+from sparsepilot.ops.count import count_active
 from sparsepilot.ops.product import EncoderProduct, Workspace, has_fast_half, tile_bytes
 from sparsepilot.ops.sparse import at_pairs, decode_at, decode_plain, encode_at, encode_plain
 from sparsepilot.parallel.latents import Shard, spread
@@ -80,7 +81,8 @@ class Autoencoder(nn.Module, ABC):
     measures: tuple[str, ...] = ()
     """Names of `Response.measures`, and of what `select` measures."""
     integrates: bool = False
-    """Whether L0 goes on moving, at a pace, while the penalty is off its balance: thresholds under Adam do."""
+    """Whether L0 goes on moving, at a pace, while the penalty is off its balance: thresholds under Adam do, and codes
+    that a saturating penalty reaches one after the other."""
     slew_nats_per_lr: float | None = None
     """How far ln L0 can fall in one step, per unit of learning rate, however strong the penalty; None: not known."""
     latent_buffers: tuple[str, ...] = ()
@@ -325,7 +327,7 @@ class Autoencoder(nn.Module, ABC):
         def decode_prefixes(prefixes: Prefixes, codes_BF: Tensor, ends: Sequence[int]) -> Tensor:
             return prefixes.decode_plain(codes_BF, self.W_dec, ends)
 
-        firings_F = (response.codes > 0).sum(dim=0)
+        firings_F = count_active(response.codes)
         return self._sums(x_BD, y_BD, response, firings_F, decode_plain, decode_prefixes, now)
 
     def _sums(

@@ -19,6 +19,8 @@ class Knob(NamedTuple):
     high: float
     steered_by: str | None = None
     """what of the model's own steers L0 already, where something does: no closed loop may then"""
+    whole: bool = False
+    """a k that is rounded to a whole number"""
 
 
 class Moment(NamedTuple):

@@ -58,7 +58,7 @@ class TopK(Autoencoder):
     def knob(self) -> Knob:
         start = self.anneal_k_from
         by = None if start is None else f"model.anneal_k_from = {start}: k falls from it by itself in training"
-        return Knob("k", initial=self.k, low=1, high=self.d_sae, steered_by=by)
+        return Knob("k", initial=self.k, low=1, high=self.d_sae, steered_by=by, whole=True)
 
     def select(self, product: Callable[..., EncoderProduct], now: Moment) -> Selection | Dense:
         k, wide = self._sizes(now)

@@ -50,7 +50,7 @@ def run(main: Callable[[], None], ranks_alike: bool = False) -> None:
 def prepare(ranks_alike: bool = False) -> None:
     """What a process needs before a configuration is composed or read; `run` sees to it."""
     if ranks_alike:
-        ranks.may_say.append(ranks.speaks_after_first)
+        ranks.may_say.append(_speaks_after_first)
         slurm.leave_during_start_up()
     ask_for_huge_pages()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions to us instead of printing them
@@ -122,6 +122,12 @@ def user_errors() -> Iterator[None]:
         if _is_mine_to_say(error, line):
             print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _speaks_after_first(line: str) -> bool:
+    if not ranks.is_first():
+        slurm.end_when_told()
+    return ranks.speaks_after_first(line)
 
 
 def _is_mine_to_say(error: BaseException, line: str) -> bool:

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+from sparsepilot.errors import ConfigError
+
 KNOB_FIELDS = {"k": "model.k", "penalty": "model.coefficient"}
 """Where a knob's own value stands in the configuration."""
 
@@ -30,6 +32,21 @@ class Plant(NamedTuple):
     """clock -> how fast ln L0 can fall there at most, in nats per sample; None: no limit is known"""
     steered_by: str | None = None
     """what of the model's own steers L0 already, where something does"""
+    whole: bool = False
+    """whether a k is rounded to a whole number"""
+
+
+def refuse_part_of_a_latent(field: str, l0: float, plant: Plant) -> None:
+    """Refuses an L0 that is no whole number where each row has as many latents.
+
+    Raises:
+        ConfigError: naming `field` and the whole numbers beside it.
+    """
+    if plant.whole and l0 != round(l0):
+        raise ConfigError(
+            f"{field}: an L0 of {l0:g} is wanted; this model has a whole number of latents in each row: "
+            f"{math.floor(l0)} or {math.ceil(l0)}, or model=batchtopk, whose rows have {l0:g} on average"
+        )
 
 
 class Measured(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 from sparsepilot.controllers.base import Controller
 from sparsepilot.controllers.l0_loop import L0Loop
 from sparsepilot.errors import ConfigError
+from sparsepilot.ranks import is_first
 
 
 class ClosedLoop(Controller):
@@ -49,4 +50,7 @@ def refuse_without_held_out(controller: Controller, num_val_rows: int) -> None:
             "controller = pareto: goes from value to value at validations, and this data has no validation rows; use "
             "data with some (data.build.num_val_rows, val_fraction), or controller=l0_target"
         )
-    warnings.warn("controller: this data has no validation rows; the L0 that is held is that of training", stacklevel=1)
+    if is_first():
+        warnings.warn(
+            "controller: this data has no validation rows; the L0 that is held is that of training", stacklevel=1
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import NonNegativeFloat
 
-from sparsepilot.controllers.base import KNOB_FIELDS, Controller, Measured, Plant
+from sparsepilot.controllers.base import KNOB_FIELDS, Controller, Measured, Plant, refuse_part_of_a_latent
 from sparsepilot.errors import ConfigError
 
 
@@ -22,6 +22,7 @@ class Constant(Controller):
 
     def bind(self, plant: Plant) -> None:
         self.strength = float(plant.initial if self._wanted is None else self._wanted)
+        refuse_part_of_a_latent("controller.strength", self.strength, plant)
         if not plant.low <= self.strength <= plant.high:
             field = KNOB_FIELDS[plant.kind] if self._wanted is None else "controller.strength"
             raise ConfigError(

@@ -11,10 +11,13 @@ from pydantic import Field, PositiveFloat
 
 from sparsepilot.controllers.base import Measured, Plant
 from sparsepilot.controllers.closed_loop import ClosedLoop
-from sparsepilot.controllers.l0_loop import FEWEST, L0Loop, LoopSettings, as_lists, as_tuples, lowest_l0
+from sparsepilot.controllers.knob import FEWEST, log_l0, lowest_l0
+from sparsepilot.controllers.l0_loop import L0Loop, LoopSettings
 from sparsepilot.controllers.laws import GainEstimate, average, clamp, keep_of
 from sparsepilot.controllers.seek import Seek, SeekGains, seek_step
+from sparsepilot.controllers.state import as_lists, as_tuples
 from sparsepilot.errors import ConfigError
+from sparsepilot.ranks import is_first
 
 WAITING = 1e-3
 """Strength while waiting, as a share of the model's coefficient."""
@@ -26,8 +29,9 @@ RESPOND, RESPOND_LAGS, RESPOND_MEASURED = 0.02, 4.0, 3.0
 """Share of the budget, lags of the inner loop and spans between measurements, whichever is longest, in which a
 violation shrinks by a factor of e."""
 DEFAULT_FVU = 0.1
-HOPELESS_AFTER = 0.125
-"""Share of the budget, after waiting, in which the target must have been met once."""
+HOPELESS_AFTER, ALL, UNHEEDED = 0.125, 0.99, 2.0
+"""Share of the budget, after waiting, in which the target must have been met once; a k counts as as high as can be at
+this share of its highest value, and at so many times the L0 that there is."""
 
 
 class Constrained(ClosedLoop):
@@ -69,6 +73,8 @@ class Constrained(ClosedLoop):
                     f"controller.target = null: quality={quality} has no default; say what it may be at most"
                 )
             target = DEFAULT_FVU
+        if quality == "fvu" and target >= 1:
+            raise ConfigError(f"controller.target = {target:g}: an fvu lies below 1, which no latent at all gives")
         if quality == "ce_gap" and target >= 1:
             raise ConfigError(f"controller.target = {target:g}: a ce_gap is a share, below 1, of clean to mean-ablated")
         if recover < climb:
@@ -105,7 +111,7 @@ class Constrained(ClosedLoop):
             keep = keep_of(self.plant.batch, self.loop.lag)
             self._value = average(self._value, measured.fvu, keep)
             # averaged alike, so that the one belongs to the other
-            self._answer = average(self._answer, math.log(max(measured.l0 * self.loop.ratio, FEWEST)), keep)
+            self._answer = average(self._answer, log_l0(measured.l0 * self.loop.ratio), keep)
             self._measured(math.log(max(self._value, 1e-12) / self._target()), self._value, self._answer, samples)
         if self._set_point is None or (waiting and self.plant.kind == "penalty"):
             self._set_point = max(measured.l0, FEWEST)
@@ -133,12 +139,14 @@ class Constrained(ClosedLoop):
                 self._wanted = clean + self.target * (1.0 if self.quality == "ce_increase" else ablated - clean)
             self._value = ce
             allowed = self._target() - clean
+            if self._target() >= ablated:
+                self._warn(f"binds nothing: without a single latent it is {ablated:.4g}")
             if allowed <= 0:
                 best = ce if self._best is None else min(self._best, ce)
                 self._warn(f"lies below the clean model's own {clean:.4g}; the best value seen is {best:.4g}")
             # an increase of 0 or less has no logarithm: it is as good as can be
             violation = math.log(max(ce - clean, 1e-12) / allowed) if allowed > 0 else 1.0
-            answer = None if self.loop.l0 is None else math.log(max(self.loop.l0, FEWEST))
+            answer = None if self.loop.l0 is None else log_l0(self.loop.l0)
             self._measured(violation, ce, answer, samples)
         return {}
 
@@ -151,7 +159,7 @@ class Constrained(ClosedLoop):
         total = self.plant.total_samples
         self._best = value if self._best is None else min(self._best, value)
         begin = self.wait * total if self._begin is None else self._begin
-        if self._best > self._target() and samples > begin + HOPELESS_AFTER * total:
+        if self._best > self._target() and samples > begin + HOPELESS_AFTER * total and self._as_dense_as_can_be():
             self._warn(f"is not met by any L0 so far; the best value seen is {self._best:.4g}")
         passed = max(0.0, samples - max(self._moved_at, begin))
         self._moved_at = samples
@@ -165,12 +173,21 @@ class Constrained(ClosedLoop):
         wanted = clamp(before + clamp(move, -FARTHEST_AT_ONCE, FARTHEST_AT_ONCE), answer - FARTHEST, answer + FARTHEST)
         self._set_point = clamp(math.exp(wanted), lowest_l0(self.plant), self.plant.d_sae)
 
+    def _as_dense_as_can_be(self) -> bool:
+        """A penalty that presses as little as while waiting. A k that is as high as it goes, or higher than latents
+        fire for."""
+        if self.plant.kind == "penalty":
+            return self.loop.strength <= self._wait_strength
+        if self._set_point is None or self.loop.l0 is None:
+            return True
+        return self._set_point >= min(ALL * self.plant.high, UNHEEDED * self.loop.l0)
+
     def _warn(self, why: str) -> None:
-        if not self._said:
+        if not self._said and is_first():
             warnings.warn(
                 f"controller.target = {self.target:g} ({self.quality}), here {self._target():.4g}, {why}", stacklevel=1
             )
-            self._said = True
+        self._said = True
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "seek": as_lists(self._seek)}

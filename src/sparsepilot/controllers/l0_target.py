@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Literal, Unpack
 
 from pydantic import Field, PositiveFloat
 
-from sparsepilot.controllers.base import Measured, Plant
+from sparsepilot.controllers.base import Measured, Plant, refuse_part_of_a_latent
 from sparsepilot.controllers.closed_loop import ClosedLoop
-from sparsepilot.controllers.l0_loop import L0Loop, LoopSettings, lowest_l0
+from sparsepilot.controllers.knob import lowest_l0
+from sparsepilot.controllers.l0_loop import L0Loop, LoopSettings
 from sparsepilot.controllers.trajectory import (
     REFERENCE,
     Breakpoints,
@@ -17,10 +20,18 @@ from sparsepilot.controllers.trajectory import (
     glide,
     refuse_too_steep,
     set_point,
+    steepest,
 )
 from sparsepilot.errors import ConfigError
 
 DEFAULT_L0 = 32.0
+STARTS_AT = 0.5
+"""L0 at the start as a share of the latents, where pre-activations have either sign."""
+FALLS_PER_LAG = 0.2
+"""Nats by which L0 follows a set point in a lag of the loop. The reference trajectory's first fall has 0.05 in a run of
+50M samples, which is 0.3% off after it, and 0.3 in one of 8M, which is 160% off (docs/dynamics.md)."""
+GRACE_LAGS = 2.0
+"""Lags that the way to the first breakpoint may lack: it begins at `STARTS_AT`, about."""
 FOLLOWED_PER_LAG = 0.6
 """Nats by which the set point goes down, in a lag of the loop, with an L0 that falls by itself."""
 
@@ -62,6 +73,7 @@ class L0Target(ClosedLoop):
         if breakpoints is None:
             field, breakpoints = "controller.target_l0", [(self.reach, self._target)]
         check_breakpoints(field, breakpoints, lowest_l0(plant), plant.d_sae)
+        refuse_part_of_a_latent(field, breakpoints[-1][1], plant)
         refuse_too_steep(field, breakpoints, plant)
         self._set_point = self._begins_at(breakpoints)
         self.loop.bind(plant, self._set_point)
@@ -70,6 +82,41 @@ class L0Target(ClosedLoop):
     def _begins_at(self, breakpoints: Breakpoints) -> float:
         follows = self._given is None and self.plant.kind == "penalty"
         return float(self.plant.d_sae) if follows else set_point(breakpoints, 0.0)
+
+    def notes(self) -> list[str]:
+        """Whether L0 will be late: on a given trajectory, where it is to fall by more than the loop follows, and on the
+        default one, whose start is known once the run has begun."""
+        if self._given is not None:
+            return self._hurries(self._given) if self.plant.kind == "penalty" else []
+        plant, start = self.plant, STARTS_AT * self.plant.d_sae
+        can_fall = max(1e-12, steepest(plant, 0.0, self.reach) * plant.batch)  # a learning rate may still be 0 there
+        steps = math.log(max(1.0, start / self._target)) / can_fall
+        there = self.reach * plant.total_samples / plant.batch
+        if steps <= there:
+            return []
+        return [
+            f"controller.reach = {self.reach:g}: from {start:,.0f} latents, where runs about start, to "
+            f"{self._target:g} takes some {steps:.0f} steps, as L0 can fall by at most {can_fall:.2g} nats per step "
+            f"with this learning rate, whatever the batch; until there are {there:.0f}: give more samples or a smaller "
+            "batch"
+        ]
+
+    def _hurries(self, given: Breakpoints) -> list[str]:
+        """Of the way to the first breakpoint, too."""
+        lags, start = self.plant.total_samples / self.loop.lag, STARTS_AT * self.plant.d_sae
+        found = []
+        grace = GRACE_LAGS
+        for (begin, l0_begin), (end, l0_end) in pairwise([(0.0, max(start, given[0][1])), *given]):
+            there, needed = (end - begin) * lags, math.log(l0_begin / l0_end) / FALLS_PER_LAG
+            if needed > there + grace:
+                found.append(
+                    f"controller.trajectory: L0 is to fall from {l0_begin:,.0f} at {begin:g} of the budget to "
+                    f"{l0_end:g} at {end:g}; that takes some {needed * self.loop.lag_steps:.0f} steps, and there are "
+                    f"{there * self.loop.lag_steps:.0f}: it will be late; give more samples, a smaller batch or a "
+                    "flatter fall"
+                )
+            grace = 0.0
+        return found
 
     def planned(self, samples: int, total_samples: int) -> float | None:
         return None if self._given is None else set_point(self._given, samples / total_samples)

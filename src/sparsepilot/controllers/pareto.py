@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Unpack
 
 from pydantic import Field, PositiveFloat
 
-from sparsepilot.controllers.base import Measured, Plant
+from sparsepilot.controllers.base import Measured, Plant, refuse_part_of_a_latent
 from sparsepilot.controllers.closed_loop import ClosedLoop
-from sparsepilot.controllers.l0_loop import L0Loop, LoopSettings, lowest_l0
+from sparsepilot.controllers.knob import lowest_l0
+from sparsepilot.controllers.l0_loop import L0Loop, LoopSettings
 from sparsepilot.controllers.laws import average, keep_of
-from sparsepilot.controllers.trajectory import check_breakpoints, glide
+from sparsepilot.controllers.trajectory import Breakpoints, check_breakpoints, glide, refuse_too_steep
 from sparsepilot.errors import ConfigError
 
 SETTLED = 0.02
@@ -56,9 +58,11 @@ class Pareto(ClosedLoop):
         self._asked = False
         self._set_point: float | None = self.targets[0] if plant.kind == "k" else None
         self._mean_error: float | None = None
-        for target in (self.targets[0], self.targets[-1]):
+        for target in self.targets:
             check_breakpoints("controller.targets", [(0.0, target)], lowest_l0(plant), plant.d_sae)
+            refuse_part_of_a_latent("controller.targets", target, plant)
         self.loop.bind(plant, self.targets[0])
+        refuse_too_steep("controller.targets", self._ways(), plant)
         self.strength = self.loop.strength
 
     def notes(self) -> list[str]:
@@ -69,6 +73,16 @@ class Pareto(ClosedLoop):
         return [
             f"controller.targets: each is held for {held / plant.batch:.0f} steps; to be told from one that does not "
             f"settle it needs about {least / plant.batch:.0f}: give more samples or a smaller batch"
+        ]
+
+    def _ways(self) -> Breakpoints:
+        """From each value, where its share of the budget ends, to the next one; how the first is reached hangs on where
+        the run starts."""
+        share = 1 / len(self.targets)
+        return [
+            point
+            for i, (before, target) in enumerate(pairwise(self.targets), start=1)
+            for point in ((i * share, before), ((i + self.travel) * share, target))
         ]
 
     @property

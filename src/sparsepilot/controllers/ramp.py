@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from sparsepilot.controllers.base import KNOB_FIELDS, Controller, Measured, Plant
+from sparsepilot.controllers.base import KNOB_FIELDS, Controller, Measured, Plant, refuse_part_of_a_latent
 from sparsepilot.controllers.laws import clamp
 from sparsepilot.errors import ConfigError
 
@@ -63,11 +63,18 @@ class Ramp(Controller):
                 f"controller.wait_samples = {self.wait_samples}: the ramp would begin at {begins:,.0f} samples and "
                 f"end at {ends:,.0f}; set controller.ramp_samples, too"
             )
+        if begins >= plant.total_samples:
+            field = "begin" if self.wait_samples is None else "wait_samples"
+            raise ConfigError(
+                f"controller.{field} = {getattr(self, field):g}: the ramp would begin after the end of the run's "
+                f"{plant.total_samples:,} samples"
+            )
         if not plant.low <= self.end <= plant.high:
             field = KNOB_FIELDS[plant.kind] if self._wanted is None else "controller.end"
             raise ConfigError(
                 f"{field} = {self.end:g}: this model's {plant.kind} lies between {plant.low:g} and {plant.high:g}"
             )
+        refuse_part_of_a_latent("controller.end", self.end, plant)
         if self.shape == "log" and self.end <= 0:
             raise ConfigError(f"controller.end = {self.end:g}: a ramp of shape=log must end above 0")
         if self.start > plant.high:

@@ -41,7 +41,8 @@ def seek_step(
     between -climb and recover. b, by how much ln(excess) falls per nat of L0, is learned from what both have lately
     done together. As a is reckoned from the L0 that there is, the time that L0 takes to follow its set point does not
     make the loop swing. D learns how fast a moves along with training, which a law without it would follow at a
-    distance, as it does what L0 lacks to its set point; far from a, and at a limit of the speed, it stands still.
+    distance, as it does what L0 lacks to its set point. It stands still far from a, at a limit of the speed, and where
+    L0 does not follow its set point, and is never so large that it alone would keep the set point far from a.
 
     Args:
         state: of the measurement before.
@@ -67,9 +68,10 @@ def seek_step(
     wanted = away * samples / gains.respond_samples + state.drift * samples
     move = clamp(wanted, -gains.climb * samples, gains.recover * samples)
     drift = state.drift
-    if abs(away) <= LEARNS and move == wanted:
+    if abs(away) <= LEARNS and abs(answer - set_point) <= FOLLOWS and move == wanted:
         drift += lacking * samples / (LEARN * gains.respond_samples**2)
-    return Seek(clamp(drift, -gains.climb, gains.recover), response), move
+    largest = DRIFTS * LEARNS / gains.respond_samples
+    return Seek(clamp(drift, -min(gains.climb, largest), min(gains.recover, largest)), response), move
 
 
 LEAST_RESPONSE = 0.3
@@ -78,3 +80,7 @@ NEAR = 0.5
 """Largest violation from whose movements that is learned."""
 LEARNS, LEARN = 0.5, 2.0
 """Nats from which on the drift is learned, and the times of `respond_samples` that it takes, damped by 0.7."""
+FOLLOWS = 0.25
+"""Nats that L0 may be away from its set point while the drift is learned: what it lacks is not the drift's."""
+DRIFTS = 0.5
+"""Share of LEARNS that the drift may keep the set point away from the L0 that the target allows."""

@@ -74,6 +74,15 @@ SLEW_POINTS = 16
 """Places of a fall whose learning rates make the limit of all of it."""
 
 
+def steepest(plant: Plant, start: float, end: float) -> float:
+    """Nats per sample by which ln L0 can fall at most, in the mean between two shares of the budget; infinite where no
+    limit is known, and for a k, which is set."""
+    if plant.slew is None or plant.kind == "k":
+        return math.inf
+    places = (start + (end - start) * (i + 0.5) / SLEW_POINTS for i in range(SLEW_POINTS))
+    return sum(plant.slew(int(place * plant.total_samples)) for place in places) / SLEW_POINTS
+
+
 def refuse_too_steep(field: str, breakpoints: Breakpoints, plant: Plant) -> None:
     """Refuses a fall of L0 that a penalty's plant cannot follow, however strong the penalty is: between any two
     breakpoints, with the mean learning rate that there is between them.
@@ -81,12 +90,9 @@ def refuse_too_steep(field: str, breakpoints: Breakpoints, plant: Plant) -> None
     Raises:
         ConfigError: naming `field`, the fall, the limit and what would be right.
     """
-    if plant.slew is None or plant.kind == "k":
-        return
     for (start, l0_start), (end, l0_end) in pairwise(breakpoints):
         fall = math.log(l0_start / l0_end) / ((end - start) * plant.total_samples)
-        places = (start + (end - start) * (i + 0.5) / SLEW_POINTS for i in range(SLEW_POINTS))
-        limit = sum(plant.slew(int(place * plant.total_samples)) for place in places) / SLEW_POINTS
+        limit = steepest(plant, start, end)
         if fall <= limit:
             continue
         raise ConfigError(

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+BLOCK_COSINES = 2**21
+"""Cosines at once: all T x F of them with F unit rows would be the largest thing that a run ever holds."""
+
 
 class DictionaryRecovery(Metric):
     """Mean over the true features of the largest cosine similarity with any decoder row (MMCS, Sharkey et al. 2022).
@@ -31,9 +34,10 @@ class DictionaryRecovery(Metric):
 
     def update(self, W_dec_FD: Tensor) -> None:
         """W_dec_FD: [F, D] decoder rows of any length, raw or scaled (cosine does not mind)."""
-        unit_FD = torch.nn.functional.normalize(W_dec_FD.float(), dim=1)
-        best_T = (self.features_TD @ unit_FD.T).amax(dim=1)
-        self.cosine_T = torch.maximum(self.cosine_T, best_T)
+        for rows_ND in torch.split(W_dec_FD, max(1, BLOCK_COSINES // len(self.features_TD))):
+            unit_ND = torch.nn.functional.normalize(rows_ND.float(), dim=1)
+            best_T = (self.features_TD @ unit_ND.T).amax(dim=1)
+            self.cosine_T = torch.maximum(self.cosine_T, best_T)
 
     def compute(self) -> Tensor:
         return self.cosine_T.mean()

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sparsepilot.reporting.figure import Axis, Line, Panel, Picture, wrapped
-from sparsepilot.reporting.style import FRAME, GRID, GROUND, INK, QUIET, ROLE_NAMES, Look, band_colour, key_look, look
+from sparsepilot.reporting.style import (
+    FRAME,
+    GRID,
+    GROUND,
+    INK,
+    QUIET,
+    Look,
+    band_alpha,
+    band_colour,
+    key_look,
+    key_names,
+    look,
+)
 from sparsepilot.reporting.ticks import minor_places, ticks
 from sparsepilot.run_folder import replacing_path
 
@@ -51,9 +64,10 @@ def draw_figure(picture: Picture, subtitle: str = "") -> Any:
     num_panels = len(picture.panels)
     width = {1: 7.2, 2: 10.4, 3: 13.2}.get(num_panels, 16.4)
     left, right, gap, below, panel_height = 0.80, 0.32, 0.84, 0.58, 3.05  # inches
-    runs = _run_legend(picture)
+    most = int((width - 1.2) / 0.074)  # characters that a name has room for
+    runs = [("\n".join(textwrap.wrap(name, most) or [""]), handle) for name, handle in _run_legend(picture)]
     columns = max(1, min(len(runs), int((width - 0.4) / (0.75 + 0.074 * max((len(n) for n, _ in runs), default=1)))))
-    run_rows = -(-len(runs) // columns)
+    run_rows = -(-len(runs) // columns) if columns > 1 else sum(1 + name.count("\n") for name, _ in runs)
     has_keys = any(panel.title or panel.notes or _line_legend(panel, picture) for panel in picture.panels)
     has_top = any(panel.top for panel in picture.panels)
     # a panel's title and more than two keys have no room side by side
@@ -118,7 +132,8 @@ def _draw_panel(ax: Any, panel: Panel, num_runs: int, title_pad: float) -> None:
         top.tick_params(which="both", color=FRAME.light, length=3.5)
         top.tick_params(which="minor", length=2)
     for band in panel.bands:
-        ax.axvspan(band.low, band.high, color=band_colour(band.run).light, alpha=0.14, linewidth=0.8)
+        edge = 0.8 if band.share is None else 0.0
+        ax.axvspan(band.low, band.high, color=band_colour(band.run).light, alpha=band_alpha(band), linewidth=edge)
     for rule in panel.rules:
         ax.axhline(rule.y, color=QUIET.light, linewidth=0.9)
     for line in panel.lines:
@@ -131,9 +146,10 @@ def _draw_panel(ax: Any, panel: Panel, num_runs: int, title_pad: float) -> None:
     named = {band.label: band for band in reversed(panel.bands) if band.label}  # each kind is named once
     for i, (label, band) in enumerate(reversed(named.items())):
         ax.annotate(label, xy=(band.low, 0.98 - 0.06 * i), xycoords=("data", "axes fraction"), xytext=(4, 0),
-                    textcoords="offset points", va="top", fontsize=8.5, color=QUIET.light)  # fmt: skip
+                    textcoords="offset points", va="top", fontsize=8.5,
+                    color=QUIET.light if band.run is None else band_colour(band.run).light)  # fmt: skip
     if panel.notes:
-        crowded = panel.title and len(panel.lines) > 1 and num_runs == 1  # title and legend stand above
+        crowded = panel.title and (len(panel.lines) > 1 or num_runs > 1)  # title and legend stand above
         place = {"x": 0.99, "y": 0.98, "va": "top"} if crowded else {"x": 1.0, "y": 1.02, "va": "bottom"}
         ax.text(s="\n".join(panel.notes), ha="right", transform=ax.transAxes, fontsize=8.5, color=QUIET.light, **place)
 
@@ -171,12 +187,7 @@ def _run_legend(picture: Picture) -> list[tuple[str, Any]]:
         return []
     whose = [Line("", "measured", [], [], run=run) for run in range(num_runs)]
     entries = [(picture.run_labels[line.run], _handle(line, look(line, num_runs))) for line in whose]
-    lines = [line for panel in picture.panels for line in panel.lines]
-    for role, name in ROLE_NAMES.items():
-        found = next((line for line in lines if line.role == role), None)
-        if found is not None:
-            entries.append((name, _handle(found, key_look(found))))
-    return entries
+    return entries + [(name, _handle(found, key_look(found))) for name, _, found in key_names(picture)]
 
 
 def _handle(line: Line, how: Look) -> Any:

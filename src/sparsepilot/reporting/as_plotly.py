@@ -10,7 +10,7 @@ from math import isnan, log10
 from typing import Any
 
 from sparsepilot.reporting.figure import Axis, Line, Panel, Picture, wrapped
-from sparsepilot.reporting.style import QUIET, ROLE_NAMES, Colour, Look, band_colour, key_look, look
+from sparsepilot.reporting.style import QUIET, Colour, Look, band_alpha, band_colour, key_look, key_names, look
 from sparsepilot.reporting.ticks import minor_places, ticks
 
 GAPS = {1: 0.0, 2: 0.12}
@@ -23,7 +23,9 @@ def figure(picture: Picture) -> dict[str, Any]:
     num_panels = len(picture.panels)
     data: list[dict[str, Any]] = []
     keys = _keys(picture)
-    layout: dict[str, Any] = {"annotations": [], "shapes": [], "meta": {"top": {}}}
+    # a panel's title has a row of its own above its legend: beside each other they have no room on a narrow screen
+    stacked = any(panel.title for panel in picture.panels) and (bool(keys) or any(map(_has_legend, picture.panels)))
+    layout: dict[str, Any] = {"annotations": [], "shapes": [], "meta": {"top": {}, "stacked": stacked}}
     gap = GAPS.get(num_panels, GAP)
     width = (1 - gap * (num_panels - 1)) / num_panels
     for i, panel in enumerate(picture.panels):
@@ -38,21 +40,19 @@ def figure(picture: Picture) -> dict[str, Any]:
         data += [_trace(line, x, y, picture) | {"legend": legend} for line in panel.lines]
         if not panel.lines:  # axes without a trace are not drawn
             data.append(_helper(panel, x, y))
-        inside = bool(panel.title) and len(panel.lines) > 2  # beside a title there is room for two entries
-        layout[legend] = {
-            "x": left + width if panel.title else left, "xanchor": "right" if panel.title else "left",
-            "y": 1, "yanchor": "top" if inside else "bottom", "orientation": "v" if inside else "h",
-        }  # fmt: skip
+        layout[legend] = {"x": left, "xanchor": "left", "y": 1, "yanchor": "bottom", "orientation": "h"}
         if panel.top is not None and panel.missing is None:
             top = f"x{num_panels + i + 1}"
             layout[_full(top)] = _top_axis(panel, x, y)
             layout["meta"]["top"][_full(top)] = panel.top_per_x
             data.append(_helper(panel, top, y))
         layout["shapes"] += _shapes(panel, x, y)
-        # where title and legend stand above a panel, its notes stand inside
-        crowded = bool(panel.title) and any(trace["showlegend"] and trace["legend"] == legend for trace in data + keys)
-        layout["annotations"] += _annotations(panel, x, y, crowded)
+        layout["annotations"] += _annotations(panel, x, y, stacked)
     return {"data": data + keys, "layout": layout}
+
+
+def _has_legend(panel: Panel) -> bool:
+    return len(panel.lines) > 1
 
 
 def _names(i: int) -> tuple[str, str]:
@@ -119,7 +119,7 @@ def _trace(line: Line, x: str, y: str, picture: Picture) -> dict[str, Any]:
         "xaxis": x,
         "yaxis": y,
         "name": label,
-        "showlegend": num_runs == 1 and any(len(panel.lines) > 1 and line in panel.lines for panel in picture.panels),
+        "showlegend": num_runs == 1 and any(_has_legend(panel) and line in panel.lines for panel in picture.panels),
         "mode": {"line": "lines", "steps": "lines", "points": "markers", "joined_points": "lines+markers"}[line.kind],
         "line": {
             "width": round(1.3 * how.width, 2),
@@ -147,19 +147,16 @@ def _keys(picture: Picture) -> list[dict[str, Any]]:
     """With several runs: entries that say what dash and marker mean."""
     if len(picture.run_labels) == 1:
         return []
-    lines = [(i, line) for i, panel in enumerate(picture.panels) for line in panel.lines]
     entries = []
-    for role, name in ROLE_NAMES.items():
-        i, found = next(((i, line) for i, line in lines if line.role == role), (0, None))
-        if found is not None:
-            how = key_look(found)
-            entries.append({
-                "x": [None], "y": [None], "name": name, "showlegend": True, "hoverinfo": "skip", "legend": _legend(i),
-                "mode": "markers" if found.kind == "points" else "lines",
-                "line": {"width": 1.6, "dash": _dash(how)},
-                "marker": {"size": 6.5, "symbol": how.symbol, "line": {"width": 1.5}},
-                "meta": {"colour": _pair(how.colour), "ring": how.ring, "helper": True},
-            })  # fmt: skip
+    for name, i, found in key_names(picture):
+        how = key_look(found)
+        entries.append({
+            "x": [None], "y": [None], "name": name, "showlegend": True, "hoverinfo": "skip", "legend": _legend(i),
+            "mode": "markers" if found.kind == "points" else "lines",
+            "line": {"width": 1.6, "dash": _dash(how)},
+            "marker": {"size": 6.5, "symbol": how.symbol, "line": {"width": 1.5}},
+            "meta": {"colour": _pair(how.colour), "ring": how.ring, "helper": True, "role": found.role},
+        })  # fmt: skip
     return entries
 
 
@@ -167,7 +164,8 @@ def _shapes(panel: Panel, x: str, y: str) -> list[dict[str, Any]]:
     bands = [
         {
             "type": "rect", "xref": x, "yref": f"{y} domain", "x0": band.low, "x1": band.high, "y0": 0, "y1": 1,
-            "line": {"width": 1, "color": band_colour(band.run).light}, "layer": "below", "opacity": 0.16,
+            "line": {"width": 1 if band.share is None else 0, "color": band_colour(band.run).light},
+            "layer": "below", "opacity": band_alpha(band),
             "fillcolor": band_colour(band.run).light,
         }
         for band in panel.bands
@@ -180,19 +178,18 @@ def _shapes(panel: Panel, x: str, y: str) -> list[dict[str, Any]]:
     return bands + rules
 
 
-def _annotations(panel: Panel, x: str, y: str, crowded: bool) -> list[dict[str, Any]]:
+def _annotations(panel: Panel, x: str, y: str, stacked: bool) -> list[dict[str, Any]]:
+    """Title, names of bands, what is missing; the page has a panel's notes below the picture."""
     here = {"xref": f"{x} domain", "yref": f"{y} domain", "showarrow": False}
     found: list[dict[str, Any]] = []
     if panel.title:
-        found.append(here | {"x": 0, "y": 1, "yanchor": "bottom", "xanchor": "left", "yshift": 4, "name": "title",
-                             "text": f"<b>{panel.title}</b>"})  # fmt: skip
+        found.append(here | {"x": 0, "y": 1, "yanchor": "bottom", "xanchor": "left", "yshift": 26 if stacked else 4,
+                             "name": "title", "text": f"<b>{panel.title}</b>"})  # fmt: skip
     named = {band.label: band for band in reversed(panel.bands) if band.label}
     for i, (label, band) in enumerate(reversed(named.items())):
         found.append(here | {"xref": x, "x": band.low, "y": 0.985 - 0.07 * i, "xanchor": "left", "yanchor": "top",
-                             "xshift": 3, "text": label, "name": "note"})  # fmt: skip
-    for i, note in enumerate(panel.notes):
-        place = {"y": 0.985 - 0.07 * i, "yanchor": "top"} if crowded else {"y": 1.0, "yanchor": "bottom"}
-        found.append(here | {"x": 1, "xanchor": "right", "text": note, "name": "note"} | place)
+                             "xshift": 3, "text": label, "name": "note",
+                             "meta": None if band.run is None else _pair(band_colour(band.run))})  # fmt: skip
     if panel.missing is not None:
         found.append(here | {"x": 0.5, "y": 0.5, "text": "<br>".join(wrapped(panel.missing)), "name": "note"})
     return found

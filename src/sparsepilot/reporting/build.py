@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from sparsepilot.reporting.figure import Axis, Line, Role
-from sparsepilot.reporting.runs import Run
+from sparsepilot.reporting.runs import Run, finite
 from sparsepilot.reporting.thin import thin
 
 Clock = Literal["samples_M", "samples", "step"]
@@ -26,17 +26,18 @@ def line(
     log_x: bool = False,
     end_dot: bool = False,
 ) -> Line:
-    """The rows' values of `key` over a clock, thinned. `positive` is for a log axis: what is not above 0 is a gap in a
-    line. Empty where no row has such a value."""
+    """The rows' values of `key` over a clock, thinned. What is not finite is a gap in a line; with `positive`, for a
+    log axis, also what is not above 0. Empty where no row has such a value."""
     clock, values = run.series("samples" if x == "samples_M" else x, key, positive=positive)
     if x == "samples_M":
         clock = [samples / 1e6 for samples in clock]
     shown_x, shown_y = thin(clock, values, log_x=log_x)
     num_points = len(clock) if len(shown_x) < len(clock) else 0
-    if positive and kind == "line":
-        places, every = run.series("samples" if x == "samples_M" else x, key)
-        per = 1e6 if x == "samples_M" else 1
-        shown_x, shown_y = _with_gaps(shown_x, shown_y, [p / per for p, v in zip(places, every, strict=True) if v <= 0])
+    if kind == "line":
+        place, per = ("samples", 1e6) if x == "samples_M" else (x, 1)
+        rows = [row for row in run.rows if key in row]
+        gaps = [row[place] / per for row in rows if not finite(row[key]) or (positive and row[key] <= 0)]
+        shown_x, shown_y = _with_gaps(shown_x, shown_y, gaps)
     return Line(name, role, shown_x, shown_y, kind=kind, end_dot=end_dot, num_points=num_points)
 
 

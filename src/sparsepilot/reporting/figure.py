@@ -62,6 +62,9 @@ class Band:
     label: str
     run: int | None = None
     """None: of all runs"""
+    share: float | None = None
+    """of the stretch to which it applies, of one of many stretches that are drawn without an edge; None: of one drawn
+    with an edge, so that it is seen however short it is"""
 
 
 @dataclass(frozen=True)

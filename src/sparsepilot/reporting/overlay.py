@@ -23,12 +23,14 @@ def _overlay_panels(panels: Sequence[Panel]) -> Panel:
         return panels[0]
     there = [panel for panel in panels if panel.missing is None]
     if not there:
-        return panels[0]
+        return replace(panels[0], optional=any(panel.optional for panel in panels))
     first = there[0]
     there = [panel for panel in there if _stem(panel.y) == _stem(first.y)]  # one panel never mixes two quantities
     notes: list[str] = []  # one run's own are not these runs'
     if len(there) < len(panels):
         notes.append(f"{len(there)} of {len(panels)} runs have this")
+        others = _unique(_stem(panel.y) for panel in panels if panel.missing is None and panel not in there)
+        notes += [f"not drawn: {other} of the others" for other in others]
     aligned = len({panel.top_per_x for panel in there}) == 1
     if first.top is not None and not aligned:
         notes.append(f"batch sizes differ, so there is no common axis of {first.top.label}")

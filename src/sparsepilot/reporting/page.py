@@ -123,18 +123,19 @@ def spans(pictures: Sequence[Picture]) -> list[int]:
 
 
 def _card(picture: Picture, span: int) -> str:
+    notes = [f"{panel.title or picture.title}: {note}." for panel in picture.panels for note in panel.notes]
     thinned = [line for panel in picture.panels for line in panel.lines if line.num_points]
-    note = ""
     if thinned:
         longest = max(thinned, key=lambda line: line.num_points)
-        note = (
-            f"<p>{longest.num_points:,} points are drawn as {len(longest.x):,}: the least and the greatest of each "
-            "stretch of the axis, so noise keeps its width and a spike its height.</p>"
+        notes.append(
+            f"{longest.num_points:,} points are drawn as {len(longest.x):,}: the least and the greatest of each "
+            "stretch of the axis, so noise keeps its width and a spike its height."
         )
     return (
-        f'<section class="card" style="--span:{span}" id="{picture.name}"><header><h2>{escape(picture.title)}</h2>'
+        f'<section class="card" style="--span:{span};--panels:{len(picture.panels)}" id="{picture.name}">'
+        f"<header><h2>{escape(picture.title)}</h2>"
         f'<div class="scale" role="group" aria-label="scale of the y axis"><span>y</span></div></header>'
-        f'<div class="plot"></div>{note}</section>'
+        f'<div class="plot"></div>{"".join(f"<p>{escape(note)}</p>" for note in notes)}</section>'
     )
 
 

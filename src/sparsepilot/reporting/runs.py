@@ -27,7 +27,7 @@ class Run:
     config: dict[str, Any]
     rows: Sequence[dict[str, Any]]
     summary: dict[str, Any] = field(default_factory=dict)
-    """empty for a run that has not ended"""
+    """of the end of a budget; empty for a run that has not come to one"""
     timing: Sequence[dict[str, Any]] = ()
     trainee: str | None = None
     """its name, of one of several trainees"""
@@ -43,6 +43,11 @@ class Run:
     def budget_samples(self) -> int:
         """The budget, in whole batches."""
         return -(-int(self.config["samples"]) // self.batch) * self.batch
+
+    @property
+    def ended(self) -> bool:
+        """Whether its summary is about the last row: not so while it goes on under a longer budget."""
+        return bool(self.summary) and self.summary.get("samples") == self.last("samples")
 
     @property
     def d_sae(self) -> int:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from sparsepilot.reporting.figure import Line, Role
+from sparsepilot.reporting.figure import Band, Line, Picture, Role
 
 
 class Colour(NamedTuple):
@@ -88,6 +88,11 @@ def band_colour(run: int | None) -> Colour:
     return SHADE if run is None else PALETTE[run % len(PALETTE)]
 
 
+def band_alpha(band: Band) -> float:
+    """How strongly it is shaded."""
+    return 0.15 if band.share is None else 0.05 + 0.2 * band.share
+
+
 def num_turns(y: Sequence[float]) -> int:
     """How often a curve turns round: more often than smooth ones do, noise is drawn in a fine line.
 
@@ -103,10 +108,18 @@ def key_look(line: Line) -> Look:
     return look(replace(line, run=0), 2)._replace(colour=QUIET)
 
 
-ROLE_NAMES: dict[Role, str] = {
-    "set_point": "set point",
-    "validation": "validation",
-    "unsettled": "not settled",
-    "part": "I part",
-}
-"""What dash and marker mean where colours are runs."""
+KEYS: tuple[Role, ...] = ("set_point", "validation", "unsettled", "part")
+"""Roles that dash or marker tell apart where colours are runs."""
+
+
+def key_names(picture: Picture) -> list[tuple[str, int, Line]]:
+    """What dash and marker mean where colours are runs: the names that lines of a role have in this picture, the panel
+    of the first, and that line."""
+    lines = [(i, line) for i, panel in enumerate(picture.panels) for line in panel.lines]
+    found = []
+    for role in KEYS:
+        these = [(i, line) for i, line in lines if line.role == role]
+        if these:
+            names = dict.fromkeys("I part" if role == "part" else line.name for _, line in these)
+            found.append((", ".join(names), *these[0]))
+    return found

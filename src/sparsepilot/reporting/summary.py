@@ -8,7 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sparsepilot.metrics.dead import dead_window_samples
 from sparsepilot.reporting.page import PAGE
+from sparsepilot.reporting.ticks import samples_text
 from sparsepilot.run_folder import RunFolder
 
 
@@ -34,7 +36,8 @@ def print_end(
     table.add_column(style="bold")
     for prefix in widths:
         table.add_column(prefix.rstrip("/"))
-    each = [_results(own[prefix], d_sae) for prefix, d_sae in widths.items()]
+    window = samples_text(dead_window_samples(summary["samples"]))
+    each = [_results(own[prefix], d_sae, window) for prefix, d_sae in widths.items()]
     for name in dict.fromkeys(name for results in each for name in results):
         table.add_row(name, *(results.get(name, "-") for results in each))
     rows = [
@@ -66,7 +69,7 @@ def print_end(
     )
 
 
-def _results(metrics: Mapping[str, Any], d_sae: int) -> dict[str, str]:
+def _results(metrics: Mapping[str, Any], d_sae: int, window: str) -> dict[str, str]:
     """What is told of one dictionary."""
     silent = metrics.get("val/silent_latents")
     rows = {"L0 (validation)": _number(metrics.get("val/l0")), "FVU (validation)": _number(metrics.get("val/fvu"))}
@@ -74,7 +77,7 @@ def _results(metrics: Mapping[str, Any], d_sae: int) -> dict[str, str]:
         rows["cross-entropy (validation)"] = _cross_entropy(metrics)
     if "val/recovery" in metrics:
         rows["planted features recovered"] = f"mean cosine {metrics['val/recovery']:.3f}"
-    rows["dead latents"] = f"{metrics.get('train/dead_latents', 0):,} of {d_sae:,}"
+    rows["dead latents"] = f"{metrics.get('train/dead_latents', 0):,} of {d_sae:,} (silent for {window} samples)"
     rows["silent over a whole pass"] = "-" if silent is None else f"{silent:,}"
     return rows
 
@@ -90,7 +93,10 @@ def print_sizes(console: Console, sizes: Mapping[str, str]) -> None:
 
 
 def _cross_entropy(metrics: Mapping[str, Any]) -> str:
-    text = f"{metrics['val/ce']:.4f}, clean {metrics['val/ce_clean']:.4f}"
+    text = f"{metrics['val/ce']:.4f}"
+    if "val/ce_se" in metrics:
+        text += f" ± {metrics['val/ce_se']:.4f}"
+    text += f", clean {metrics['val/ce_clean']:.4f}"
     if "val/ce_recovered" in metrics:
         text += f", {metrics['val/ce_recovered']:.1%} recovered"
     return text

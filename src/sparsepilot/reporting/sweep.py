@@ -12,7 +12,7 @@ from sparsepilot.errors import ConfigError
 from sparsepilot.reporting.figure import Line, Panel, Picture
 from sparsepilot.reporting.report import draw_pictures, write_pictures
 from sparsepilot.reporting.runs import Run, read_runs
-from sparsepilot.reporting.tables import Table, results
+from sparsepilot.reporting.tables import Table, results, samples_per_s
 from sparsepilot.run_folder import RunFolder, replacing
 from sparsepilot.sweep_folder import Member, SweepFolder, differing
 
@@ -99,7 +99,7 @@ def write_table(rows: Sequence[Row], path: Path) -> None:
         )
         for row in rows:
             measured = [row.run.last(key) if row.run else None for key in MEASURED.values()]
-            speed = row.run.summary.get("samples_per_s") if row.run else None
+            speed = samples_per_s(row.run) if row.run else None
             told = (speed, row.num_starts, row.member.status, row.member.error, row.run.name if row.run else None)
             trainee = [row.run.trainee if row.run else None for _ in several]
             writer.writerow([row.member.number, *trainee, *(row.fields.get(name) for name in fields), *measured, *told])

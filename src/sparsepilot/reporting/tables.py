@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from sparsepilot.metrics.dead import dead_window_samples
 from sparsepilot.reporting.labels import differences, value_text
 from sparsepilot.reporting.runs import Run
 from sparsepilot.reporting.ticks import samples_text
@@ -45,16 +46,48 @@ def _samples(run: Run) -> str:
     return f"{done:,}" if done >= int(run.config["samples"]) else f"{done:,} of {samples_text(run.budget_samples)}"
 
 
+def _dead(run: Run) -> str:
+    dead = run.last("train/dead_latents")
+    return "" if dead is None else f"{dead:,} in {samples_text(dead_window_samples(run.budget_samples))}"
+
+
+def _cross_entropy(run: Run) -> str:
+    """With the standard error of its distance to the clean model's."""
+    value, error = run.last("val/ce"), run.last("val/ce_se")
+    if value is None:
+        return ""
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
+def _kl(run: Run) -> str:
+    """It is measured at the end of a budget alone."""
+    value = run.last("val/kl") if run.ended else None
+    return "" if value is None else format(value, ".4f")
+
+
+def _seconds(run: Run) -> float | None:
+    """Of training; of a run that has not ended, or goes on under a longer budget, as far as it has come."""
+    if run.ended:
+        seconds = run.summary.get("training_s")
+        return None if seconds is None else float(seconds)
+    return sum(row.get("elapsed_s", 0.0) for row in run.timing) or None
+
+
+def samples_per_s(run: Run) -> float | None:
+    """Of all its training so far."""
+    if run.ended:
+        return run.summary.get("samples_per_s")
+    seconds = _seconds(run)
+    return run.timing[-1]["samples"] / seconds if seconds else None
+
+
 def _speed(run: Run) -> str:
-    speed = run.summary.get("samples_per_s")
-    if speed is None and run.timing:
-        seconds = sum(row.get("elapsed_s", 0.0) for row in run.timing)
-        speed = (run.timing[-1]["samples"] / seconds) if seconds else None
+    speed = samples_per_s(run)
     return "" if speed is None else f"{speed:,.0f}"
 
 
 def _training_time(run: Run) -> str:
-    seconds = run.summary.get("training_s")
+    seconds = _seconds(run)
     if seconds is None:
         return ""
     if seconds < 100:
@@ -65,11 +98,11 @@ def _training_time(run: Run) -> str:
 _COLUMNS = (
     ("L0", _metric("val/l0", ",.4g")),
     ("FVU", _metric("val/fvu", ".4f")),
-    ("cross-entropy", _metric("val/ce", ".4f")),
+    ("cross-entropy", _cross_entropy),
     ("CE recovered", _metric("val/ce_recovered", ".3f")),
-    ("KL", _metric("val/kl", ".4f")),
+    ("KL", _kl),
     ("planted recovered", _metric("val/recovery", ".3f")),
-    ("dead", _metric("train/dead_latents", ",")),
+    ("dead", _dead),
     ("silent", _metric("val/silent_latents", ",")),
     ("strength", _metric("controller/strength", ",.4g")),
     ("samples", _samples),

@@ -118,7 +118,7 @@ class Trainee(nn.Module):
         known = lr_at is not None and nats_per_lr is not None
         return Plant(
             knob.kind, knob.initial, knob.low, knob.high, self.autoencoder.d_sae, self.batch, self.total_samples,
-            self.autoencoder.integrates, slew if known else None, knob.steered_by,
+            self.autoencoder.integrates, slew if known else None, knob.steered_by, knob.whole,
         )  # fmt: skip
 
     def forward(self, x_BD: Tensor, samples: int) -> Tensor:

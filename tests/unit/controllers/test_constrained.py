@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from typing import Any
 
 import pytest
@@ -244,6 +245,13 @@ def test_a_target_that_no_l0_meets_is_said_once_with_the_best_value_seen(
         assert float(text.rsplit(" ", 1)[1]) == pytest.approx(best, rel=0.01)
 
 
+def test_a_target_that_the_mean_alone_meets_is_said() -> None:
+    controller = ready(quality="ce_increase", target=ABLATED - CLEAN - 0.01)
+    controller.observe(row(CLEAN + 0.1), 2001 * BATCH)
+    with pytest.warns(UserWarning, match=r"= 3 \(ce_increase\), here 5\.8, binds nothing: .* latent it is 5\.8"):
+        ready(quality="ce_increase", target=ABLATED - CLEAN)
+
+
 @pytest.mark.parametrize("quality", ["ce_increase", "fvu"])
 def test_a_measurement_that_is_not_finite_moves_nothing(quality: str) -> None:
     controller = ready(quality=quality, target=0.2 if quality == "fvu" else 0.1)
@@ -268,3 +276,63 @@ def test_a_collapse_of_quality_is_undone_and_the_strength_climbs_again() -> None
     assert max(fvus) > 1.1 * controller._target()
     assert controller.strength < peak
     assert fvus[-1] == pytest.approx(controller._target(), rel=0.05)
+
+
+@closing
+@given(st.floats(1e-3, 4e-3), st.floats(0.3, 0.6))
+def test_an_l0_that_cannot_follow_its_set_point_teaches_no_drift(slew: float, power: float) -> None:
+    """Thresholds at their limit: what L0 lacks on the way down would be learned as a fall of what the target allows,
+    and hold L0 far below that for the rest of the run."""
+    plant = Simulated(right=0.1, gain=1.0, lag=100, slew=slew)
+    controller = Constrained(quality="ce_increase", target=ce_at(32, power, 1) - CLEAN)
+    controller.bind(penalty(plant.right, STEPS, integrates=True))
+    _, ces = run(controller, plant, power)
+    excess = [(ce - CLEAN) / controller.target for ce in ces[3 * STEPS // 10 :]]
+    assert max(excess) < 1.1
+
+
+@pytest.mark.parametrize("quality", ["fvu", "ce_increase"])
+@pytest.mark.parametrize("times", [1.3, 2.0])
+def test_a_target_that_is_first_met_in_mid_run_is_not_missed_afterwards(quality: str, times: float) -> None:
+    """While it is not met L0 stands at the dense end, whatever the set point; that is no drift either."""
+    plant = Simulated(right=0.1, gain=1.0, lag=10)
+
+    def fvu(n: int) -> float:
+        return 1.2 * math.exp(plant.y) ** -0.5 * (1 + 3 * math.exp(-5 * n / STEPS))
+
+    target = times * 1.2 * DENSE**-0.5
+    controller = bound(plant, quality=quality, target=target)
+    pending, found = None, []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is not met by any L0 so far.*")  # which is so, at first
+        for n in range(STEPS):
+            measured = plant.step(controller.strength)
+            found.append(fvu(n))
+            controller.update(pending, (n + 1) * BATCH)
+            pending = measured._replace(fvu=found[-1])
+            if quality != "fvu" and n % 25 == 0:
+                row = {"val/ce": CLEAN + found[-1], "val/ce_clean": CLEAN, "val/ce_mean": ABLATED}
+                controller.observe(row, (n + 1) * BATCH)
+    late = found[-STEPS // 3 :]
+    assert sum(late) / len(late) == pytest.approx(target, rel=0.01)
+
+
+def test_a_k_on_its_way_to_its_target_is_not_called_hopeless() -> None:
+    """Measured seldom: warnings are errors in tests."""
+    plant = KPlant()
+    controller = Constrained(quality="ce_increase", target=ce_at(512, 0.5, 1) - CLEAN)
+    controller.bind(penalty(4.0, STEPS, **K))
+    run(controller, plant, 0.5, every=STEPS // 20)
+    assert controller.strength == pytest.approx(512, rel=0.1)
+
+
+@pytest.mark.parametrize("quality", ["fvu", "ce_increase"])
+def test_a_k_beyond_which_nothing_fires_is_as_dense_as_can_be(quality: str) -> None:
+    class Saturating(KPlant):
+        def step(self, strength: float) -> Measured:
+            return super().step(min(strength, 0.1 * D_SAE))
+
+    controller = Constrained(quality=quality, target=0.001)
+    controller.bind(penalty(32.0, STEPS, **K))
+    with pytest.warns(UserWarning, match="is not met by any L0 so far; the best value seen is"):
+        run(controller, Saturating(), 0.5)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from plants import BATCH, penalty
 
+from sparsepilot.controllers.l0_target import L0Target
+from sparsepilot.controllers.pareto import Pareto
 from sparsepilot.errors import ConfigError
 
 PENALTY, FVU = ("model=relu",), ("controller=constrained", "controller.quality=fvu", "controller.target=0.1")
@@ -14,6 +17,10 @@ PENALTY, FVU = ("model=relu",), ("controller=constrained", "controller.quality=f
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            ("controller=constrained", "controller.quality=fvu", "controller.target=1.5"),
+            "controller.target = 1.5: an fvu lies below 1, which no latent at all gives",
+        ),
         (
             ("controller=l0_target", "controller.target_l0=65"),
             "controller.target_l0: an L0 of 65 is wanted; there are model.d_sae = 64 latents",
@@ -24,6 +31,15 @@ PENALTY, FVU = ("model=relu",), ("controller=constrained", "controller.quality=f
         ),
         (("controller=l0_target", "controller.target_l0=0.5"), "0.5"),  # topk gives one latent at least
         (("controller=pareto", "controller.targets=[8,0.5]"), "0.5"),
+        *[
+            (("controller=l0_target", words), "an L0 of 2.5 is wanted; this model has a whole number of latents in")
+            for words in ("controller.target_l0=2.5", "controller.trajectory=[[0,9.3],[1,2.5]]")
+        ],
+        (("controller=pareto", "controller.targets=[8,2.5,2]"), "controller.targets: an L0 of 2.5 is wanted"),
+        (
+            ("controller=l0_target", "controller.target_l0=8", "controller.initial_strength=1"),
+            "controller.initial_strength = 1: is a penalty's; this model's knob is k",
+        ),
         (("controller=l0_target", "controller.target_l0=-3"), "controller.target_l0 = -3: should be greater than 0"),
         (
             ("controller=l0_target", "controller.target_l0=8", "controller.trajectory=reference"),
@@ -75,6 +91,10 @@ PENALTY, FVU = ("model=relu",), ("controller=constrained", "controller.quality=f
             "controller.trajectory: L0 is to fall by 0.058 nats per step between 0.97 and 1 of the budget; ",
         ),
         (
+            ("model=jumprelu", "controller=pareto", "controller.targets=[32,8,4]"),
+            "controller.targets: L0 is to fall by 0.52 nats per step between 0.333333 and 0.466667 of the budget; ",
+        ),
+        (
             ("controller=pareto", "controller.targets=[8,4]", "data.build.num_val_rows=0"),
             "controller = pareto: goes from value to value at validations, and this data has no validation rows",
         ),
@@ -115,8 +135,20 @@ PENALTY, FVU = ("model=relu",), ("controller=constrained", "controller.quality=f
         (("controller=ramp", "controller.shape=log"), "controller.start = 0: a ramp of shape=log must start above 0"),
         (("controller=ramp", "controller.shape=sine"), "controller.shape = 'sine'"),
         (("controller=ramp", "controller.wait_samples=4000"), "controller.wait_samples = 4000: the ramp would begin"),
+        (
+            ("controller=ramp", "controller.wait_samples=9000", "controller.ramp_samples=100"),
+            "controller.wait_samples = 9000: the ramp would begin after the end of the run's 5,120 samples",
+        ),
         (("controller=ramp", "controller.end=65"), "controller.end = 65: this model's k lies between 1 and 64"),
         (("controller=ramp", "controller.start=65"), "controller.start = 65: this model's k is at most 64"),
+        *[
+            (words, "an L0 of 2.5 is wanted; this model has a whole number of latents in each row: 2 or 3")
+            for words in (("controller.strength=2.5",), ("controller=ramp", "controller.end=2.5"))
+        ],
+        (
+            ("controller=ramp", "controller.begin=1", "controller.ramp_samples=100"),
+            "controller.begin = 1: the ramp would begin after the end",
+        ),
         (("controller.strength=65",), "controller.strength = 65: this model's k lies between 1 and 64"),
     ],
 )
@@ -129,3 +161,52 @@ def test_a_bad_value_is_one_clear_line_before_training(
     assert "\n" not in str(error.value)
     assert any(field in str(error.value) for field in ("controller", "model.coefficient", "callbacks.disturb"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_default_trajectory_that_will_be_late_is_said() -> None:
+    """Where it begins is known once the run has begun, so it is no error."""
+    soon, late = (
+        penalty(0.1, num_steps)._replace(slew=lambda samples: 0.026 / BATCH)  # narrow JumpReLU, learning rate 1e-3
+        for num_steps in (1000, 700)
+    )
+    controller = L0Target(target_l0=32)  # from 2,048 of 4,096 latents: 4.16 nats, 160 steps; a fifth of the run for it
+    controller.bind(soon)
+    assert controller.notes() == []
+    controller.bind(late)
+    (note,) = controller.notes()
+    assert note.startswith(
+        "controller.reach = 0.2: from 2,048 latents, where runs about start, to 32 takes some 160 steps"
+    )
+    assert "until there are 140: give more samples or a smaller batch" in note
+    controller.bind(late._replace(kind="k", low=1.0))  # a k is set
+    assert controller.notes() == []
+
+
+def test_a_given_trajectory_that_the_loop_cannot_follow_is_said() -> None:
+    """The reference: 3.7 nats in its first eighth; and one that begins where no run does, at 8 of 4,096 latents."""
+    reference = L0Target(trajectory=[[0.0, 2000.0], [0.125, 50.0], [0.5, 20.0], [1.0, 4.0]])
+    reference.bind(penalty(32.0, 3000))
+    assert reference.notes() == []
+    reference.bind(penalty(32.0, 2900, kind="k", low=1.0))  # a k is set
+    assert reference.notes() == []
+    reference.bind(penalty(32.0, 2900))
+    (note,) = reference.notes()
+    assert "from 2,000 at 0 of the budget to 50 at 0.125; that takes some 369 steps, and there are 362" in note
+    sudden = L0Target(trajectory=[[0.0, 8.0], [1.0, 8.0]])
+    sudden.bind(penalty(0.1, 3000))
+    (note,) = sudden.notes()
+    assert "from 2,048 at 0 of the budget to 8 at 0; that takes some 555 steps, and there are 0: it will be" in note
+
+
+def test_pareto_says_where_its_values_have_too_few_steps_to_settle() -> None:
+    controller = Pareto(targets=[128, 32])
+    for num_steps, said in ((700, False), (600, True)):  # 0.6 of a half, and 200 steps are needed
+        controller.bind(penalty(0.1, num_steps))
+        assert [note.startswith("controller.targets: each is held for 180 steps") for note in controller.notes()] == [
+            True
+        ] * said
+
+
+def test_check_says_what_a_controller_has_to_say(train_tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    train_tiny("model=jumprelu", "controller=l0_target", "controller.target_l0=8", "check=true")
+    assert "controller.reach = 0.2: from 32 latents" in " ".join(capsys.readouterr().out.split())

@@ -21,7 +21,7 @@ from sparsepilot.estimate.wanted import Wanted
 
 WIDTH = 128
 SHAPES = {
-    "wide": ("model.d_sae=16384", "batch=512"),
+    "wide": ("model.d_sae=8192", "batch=512"),
     "many rows": ("model.d_sae=2048", "batch=4096"),
 }
 

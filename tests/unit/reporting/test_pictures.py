@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_run import BATCH, D_SAE, write_reference_run
 
@@ -28,8 +28,9 @@ from sparsepilot.reporting.labels import differences, labels
 from sparsepilot.reporting.overlay import overlay
 from sparsepilot.reporting.page import write_page
 from sparsepilot.reporting.pictures import learning_rate, registered
+from sparsepilot.reporting.pictures.controller_health import at_limit
 from sparsepilot.reporting.runs import Run, read_runs
-from sparsepilot.reporting.style import look
+from sparsepilot.reporting.style import band_alpha, key_names, look
 from sparsepilot.reporting.tables import configuration_differences, results
 from sparsepilot.reporting.thin import thin
 from sparsepilot.reporting.ticks import Tick, linear_places, ticks
@@ -186,8 +187,8 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         assert len(by_name["frontier"].panels) == 1  # none for a cross-entropy that nobody measured
         if not some:
             assert by_name["l0"].panels[0].missing == "no train/l0 in the rows: the run has none yet"
-    assert all(math.isfinite(y) for y in by_name["loss"].panels[0].lines[0].y)
-    assert len(by_name["loss"].panels[0].lines[0].y) == 2
+    drawn = by_name["loss"].panels[0].lines[0].y
+    assert [math.isnan(y) for y in drawn] == [False, True, False]  # a gap, not a line across it
 
 
 def test_a_frontier_from_one_run_and_from_the_ends_of_several() -> None:
@@ -200,9 +201,13 @@ def test_a_frontier_from_one_run_and_from_the_ends_of_several() -> None:
             "frontier/l0": l0,
             "frontier/fvu": 1 / l0,
             "frontier/ce": 3.0,
+            "frontier/settled": 1.0,
         }
         for i, l0 in enumerate((32.0, 16.0, 8.0), start=1)
     ]
+    pareto.insert(
+        2, {**pareto[2], "frontier/l0": 9.0, "frontier/fvu": 0.5}
+    )  # the end, before the budget was made longer
     draw = next(draw for draw in registered() if draw.__module__.endswith(".frontier"))
     fvu, ce = draw(Run("", config, pareto)).panels
     assert [(line.x, line.y) for line in fvu.lines] == [([8, 16, 32], [1 / 8, 1 / 16, 1 / 32])]
@@ -215,10 +220,17 @@ def test_a_frontier_from_one_run_and_from_the_ends_of_several() -> None:
 
 def test_a_frontier_tells_what_did_not_settle_and_one_last_validation() -> None:
     rows = [
-        {"step": 1, "samples": 256, "frontier/l0": 8.0, "frontier/fvu": 0.2, "frontier/settled": 1.0},
-        {"step": 2, "samples": 512, "frontier/l0": 6.0, "frontier/fvu": 0.3, "frontier/settled": 0.0},
-        {"step": 3, "samples": 768, "frontier/l0": 4.0, "frontier/fvu": 0.4, "frontier/settled": 1.0},
-        {"step": 4, "samples": 1024, "frontier/l0": 3.0, "frontier/fvu": float("nan"), "frontier/settled": 1.0},
+        {
+            "step": i,
+            "samples": 256 * i,
+            "frontier/target": l0,
+            "frontier/l0": l0,
+            "frontier/fvu": fvu,
+            "frontier/settled": s,
+        }
+        for i, l0, fvu, s in [(1, 8.0, 0.2, 1.0), (2, 6.0, 0.3, 0.0), (3, 4.0, 0.4, 1.0), (4, 3.0, math.nan, 1.0)]
+    ]
+    rows += [
         {"step": 4, "samples": 1024, "val/l0": 4.0, "val/fvu": 0.4, "val/ce": 2.5},
         {"step": 5, "samples": 1280, "val/l0": 3.0, "val/fvu": float("nan")},
     ]
@@ -264,7 +276,7 @@ def test_the_quality_that_is_held_is_drawn_with_its_target(quality: str) -> None
     shown = [(panel.y.label, [(line.name, line.y) for line in panel.lines]) for panel in panels]
     ce, target = ("measured", [2.3]), ("target", [0.1])
     if quality == "fvu":
-        assert shown == [("validation cross-entropy (nats)", [ce]), ("quality held (FVU)", [ce, target])]
+        assert shown == [("validation cross-entropy (nats)", [ce]), ("FVU held", [ce, target])]
     else:
         assert shown == [("validation cross-entropy (nats)", [ce, target])]
 
@@ -323,7 +335,9 @@ def test_several_runs_are_named_by_what_differs(folder: Path, tmp_path: Path) ->
     assert [list(row) for row in table.rows] == [
         ["controller.target_l0", "4", "8"], ["samples", "200,000,000", "100,000,000"], ["batch", "16,384", "8,192"],
     ]  # fmt: skip
-    assert results(runs, labels(runs)).rows[0][0] == labels(runs)[0]
+    table = results(runs, labels(runs))
+    assert table.rows[0][0] == labels(runs)[0]
+    assert table.rows[0][table.head.index("cross-entropy")].endswith(" ± 0.0100")
     by_name = {picture.name: picture for picture in reports.draw_pictures(runs, labels(runs))}
     (l0,) = by_name["l0"].panels
     assert {line.run for line in l0.lines} == {0, 1}
@@ -343,7 +357,95 @@ def test_quantities_are_not_mixed_in_one_panel() -> None:
     draw = next(draw for draw in registered() if draw.__module__.endswith(".control"))
     strength = overlay([draw(run) for run in runs], ["topk", "relu"]).panels[1]
     assert [line.run for line in strength.lines] == [0]
-    assert strength.notes == ["1 of 2 runs have this"]
+    assert strength.notes == ["1 of 2 runs have this", "not drawn: regularization strength of the others"]
+
+
+def test_notes_and_titles_of_a_file_do_not_overlap() -> None:
+    config = {"samples": 5120, "batch": 256}
+    row = {"step": 1, "samples": 256, "controller/strength": 8.0, "train/l0": 8.0}
+    runs = [Run("", config | {"model": model}, [row]) for model in ({"d_sae": 64, "k": 8}, {"d_sae": 64})]
+    figure = draw_figure(overlay([drawing_of("control", run) for run in runs], ["topk", "relu"]))
+    figure.canvas.draw()
+    for ax in figure.axes:
+        title = ax._left_title.get_window_extent()
+        assert not any(title.overlaps(text.get_window_extent()) for text in ax.texts)
+
+
+def test_cross_entropy_is_drawn_beside_a_run_that_holds_another_quality() -> None:
+    config = {"model": {"d_sae": 64}, "samples": 5120, "batch": 256}
+    one = {"step": 1, "samples": 256, "controller/quality": 0.2, "controller/quality_target": 0.1}
+    two = {"step": 1, "samples": 256, "val/ce": 2.3, "controller/quality": 2.3, "controller/quality_target": 2.4}
+    runs = [
+        Run("", config | {"controller": {"quality": quality}}, [row])
+        for quality, row in (("fvu", one), ("ce_increase", two))
+    ]
+    for first, second in ((0, 1), (1, 0)):
+        panels = overlay([drawing_of("control", runs[i]) for i in (first, second)], ["a", "b"]).panels[2:]
+        assert [(panel.y.label, [line.y for line in panel.lines]) for panel in panels] == [
+            ("validation cross-entropy (nats)", [[2.3], [2.4]]),
+            ("FVU held", [[0.2], [0.1]]),
+        ]
+        assert all(panel.notes == ["1 of 2 runs have this"] for panel in panels)
+
+
+def test_keys_of_several_runs_are_named_as_their_lines_are() -> None:
+    config = {"model": {"d_sae": 64}, "samples": 5120, "batch": 256}
+    row = {"step": 1, "samples": 256, "train/dead_latents": 3, "val/silent_latents": 5, "controller/target": 8.0}
+    rows = [row | {"train/l0": 9.0, "val/l0": 8.0, "controller/quality": 0.2, "controller/quality_target": 0.1}]
+    for name, keys in (
+        ("dead_latents", ["silent over a whole pass"]),
+        ("control", ["set point, target", "validation"]),
+    ):
+        both = overlay([drawing_of(name, Run("", config, rows))] * 2, ["a", "b"])
+        assert [key for key, _, _ in key_names(both)] == keys
+        assert [text.get_text() for text in draw_figure(both).legends[0].get_texts()] == ["a", "b", *keys]
+
+
+def test_long_names_of_runs_are_not_cut_off() -> None:
+    config = {"model": {"d_sae": 64}, "samples": 5120, "batch": 256}
+    drawn = drawing_of("l0", Run("", config, [{"step": 1, "samples": 256, "train/l0": 9.0}]))
+    figure = draw_figure(overlay([drawn] * 2, [f"{'some field=a value, ' * 9}the last={n}" for n in "ab"]))
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert legend.get_window_extent().x1 <= figure.bbox.x1
+    assert legend.get_window_extent().y0 >= figure.axes[0].get_window_extent().y1
+
+
+def test_a_limit_that_comes_and_goes_is_shaded_by_its_share() -> None:
+    """12,000 rows of which every tenth stood at one: bands of their own would hide the panel."""
+    rows = [
+        {"step": n, "samples": 256 * n, "controller/strength": 1.0, "controller/at_limit": float(n % 10 == 0)}
+        for n in range(1, 12_001)
+    ]
+    drawn = drawing_of("controller_health", Run("", {"model": {}, "samples": 256 * 12_000, "batch": 256}, rows))
+    (band,) = drawn.panels[0].bands
+    assert (band.low, band.high, band.share) == (0.0, pytest.approx(3.072), 0.25)
+    assert band_alpha(band) < 0.15
+
+
+@settings(deadline=None)
+@given(st.integers(1, 8192), st.integers(200, 3000), st.integers(2, 7))
+def test_no_stretch_without_a_limit_is_shaded(batch: int, num_steps: int, every: int) -> None:
+    budget = batch * num_steps
+    samples = [float(batch * n) for n in range(1, num_steps + 1)]
+    for band in at_limit(samples, [float(n % every == 0) for n in range(num_steps)], budget):
+        assert band.share is None or band.share > 0
+        assert 0 <= band.low < band.high <= budget / 1e6 * (1 + 1e-9)
+
+
+def test_a_run_that_goes_on_under_a_longer_budget_is_not_told_by_its_earlier_end() -> None:
+    config = {"model": {"d_sae": 64}, "samples": 10_240, "batch": 256}
+    summary = {"samples": 5120, "training_s": 10.0, "samples_per_s": 512.0}
+    end = {"step": 20, "samples": 5120, "val/kl": 0.5, "train/dead_latents": 3}
+    timing = [{"samples": 5120, "elapsed_s": 10.0}, {"samples": 7680, "elapsed_s": 20.0}]
+    told = {}
+    for name, rows in (("ended", [end]), ("goes on", [end, {"step": 30, "samples": 7680, "train/dead_latents": 1}])):
+        table = results([Run("", config, rows, summary, timing)], [""])
+        told[name] = dict(zip(table.head, table.rows[0], strict=True))
+    assert (told["ended"]["KL"], told["ended"]["samples/s"], told["ended"]["training"]) == ("0.5000", "512", "10 s")
+    assert "KL" not in told["goes on"]
+    assert (told["goes on"]["samples/s"], told["goes on"]["training"]) == ("256", "30 s")
+    assert told["goes on"]["dead"] == "1 in 1.024k"  # a count is nothing without its window
 
 
 def test_each_trainee_of_a_run_is_a_run_of_its_own(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ const COLOURS = {
 const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif';
 const copy = (value) => JSON.parse(JSON.stringify(value));
 const axesOf = (layout) => Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key));
-const hidden = new Set();
+const hidden = new Set();  // runs, and with several runs what one kind of line is in one picture
 
 function dress(picture, theme) {
   const c = COLOURS[theme];
@@ -24,13 +24,15 @@ function dress(picture, theme) {
       }
       if (trace.fill) trace.fillcolor = colour + "33";
     }
-    if (hidden.has(meta.run)) trace.visible = false;
+    const kind = picture.name + " " + meta.role;
+    if (hidden.has(meta.run) || (!meta.helper && hidden.has(kind))) trace.visible = false;
+    else if (meta.helper && hidden.has(kind)) trace.visible = "legendonly";
     return trace;
   });
   const layout = copy(picture.layout);
   const titles = layout.annotations.some((a) => a.name === "title");
   const above = axesOf(layout).some((key) => layout[key].side === "top");
-  const legend = data.some((trace) => trace.showlegend) || layout.annotations.some((a) => a.y === 1);
+  const legend = data.some((trace) => trace.showlegend);
   for (const key of axesOf(layout)) {
     const axis = layout[key];
     axis.minor = {...axis.minor, tickcolor: c.frame};
@@ -40,10 +42,14 @@ function dress(picture, theme) {
     });
     axis.title = {...axis.title, standoff: 8, font: {color: c.ink, size: 13}};
   }
-  for (const note of layout.annotations) note.font = {size: note.name === "title" ? 13 : 12, color: note.name === "title" ? c.ink : c.quiet};
+  for (const note of layout.annotations) {
+    const title = note.name === "title";
+    note.font = {size: title ? 13 : 12, color: note.meta ? note.meta[theme] : title ? c.ink : c.quiet};
+    delete note.meta;
+  }
   Object.assign(layout, {
     font: {family: FONT, color: c.ink}, paper_bgcolor: c.ground, plot_bgcolor: c.ground,
-    margin: {l: 68, r: 26, b: 48, t: 14 + (legend || titles ? 24 : 0) + (above ? 44 : 0)},
+    margin: {l: 68, r: 26, b: 48, t: 14 + (legend || titles ? 24 : 0) + (layout.meta.stacked ? 22 : 0) + (above ? 44 : 0)},
     hovermode: picture.name === "frontier" || picture.name === "firing_density" ? "closest" : "x unified",
     hoverlabel: {bgcolor: c.ground, bordercolor: c.frame, font: {family: FONT, size: 12.5, color: c.ink}},
     dragmode: "zoom",
@@ -134,7 +140,10 @@ function redraw() {
   return Promise.all(pictures.map((picture) => {
     const {data, layout} = dress(picture, currentTheme());
     const plot = document.querySelector(`#${picture.name} .plot`);
-    if (plot.layout) {  // what the reader zoomed into stays
+    if (plot.layout) {  // what the reader zoomed into stays, and what a click in a legend has hidden
+      data.forEach((trace, i) => {
+        if (plot.data[i].visible === "legendonly" && !trace.meta.helper && trace.visible !== false) trace.visible = "legendonly";
+      });
       for (const key of axesOf(layout)) {
         for (const part of ["type", "range", "tickmode", "tickvals", "ticktext"]) layout[key][part] = plot.layout[key][part];
       }
@@ -163,6 +172,13 @@ redraw().then(() => {
     const section = document.getElementById(picture.name), plot = section.querySelector(".plot");
     scaleButtons(section, plot, picture);
     plot.on("plotly_relayout", () => fitTicks(plot, picture));
+    plot.on("plotly_legendclick", ({curveNumber}) => {  // a key of dash or marker stands for the lines of all runs
+      const meta = picture.data[curveNumber].meta, kind = picture.name + " " + meta.role;
+      if (!meta.helper || !meta.role) return true;
+      if (!hidden.delete(kind)) hidden.add(kind);
+      redraw();
+      return false;
+    });
   }
   document.documentElement.dataset.drawn = "true";
 });

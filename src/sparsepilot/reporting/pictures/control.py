@@ -14,7 +14,9 @@ PLACE = 3
 def draw(run: Run) -> Picture:
     """Panels over training steps: active / all (log), strength (linear), validation cross-entropy (linear), and the
     quality that the controller holds where that is another."""
-    return Picture("control", "Control", [_sparsity(run), _strength(run), _quality(run), _held_beside(run)])
+    held = _held(run)
+    quality = _quality(run, optional=held.missing is None)
+    return Picture("control", "Control", [_sparsity(run), _strength(run), quality, held])
 
 
 def _sparsity(run: Run) -> Panel:
@@ -56,12 +58,8 @@ def knob_label(run: Run) -> str:
     return "regularization strength" if run.config["model"].get("k") is None else "k (latents per row)"
 
 
-def _quality(run: Run) -> Panel:
-    """Cross-entropy where it is measured; otherwise the quality that the controller holds, if it holds one."""
-    if not run.has("val/ce"):
-        held = _held(run)
-        if held.lines:
-            return held
+def _quality(run: Run, optional: bool) -> Panel:
+    """Cross-entropy, beside its target where the controller holds it."""
     quality = line(run, "measured", "measured", "step", "val/ce")
     lines = [quality, *([_target(run)] if holds_cross_entropy(run) else [])] if quality.x else []
     return Panel(
@@ -70,22 +68,25 @@ def _quality(run: Run) -> Panel:
         axis("validation cross-entropy (nats)", [v for one in lines for v in one.y]),
         [one for one in lines if one.x],
         missing=None if quality.x else "no val/ce in the rows: cross_entropy=spliced measures it",
+        optional=optional,
     )
 
 
 def _held(run: Run) -> Panel:
-    """What the controller measures of the quality that it holds, beside its target."""
-    name = "cross-entropy, nats" if holds_cross_entropy(run) else "FVU"
-    lines = [one for one in (line(run, "measured", "measured", "step", "controller/quality"), _target(run)) if one.x]
-    return Panel("Quality", over_steps(run), axis(f"quality held ({name})", [v for one in lines for v in one.y]), lines)
-
-
-def _held_beside(run: Run) -> Panel:
-    """The quality held where cross-entropy is measured, too, and is not it."""
-    held = _held(run)
-    if run.has("val/ce") and not holds_cross_entropy(run) and held.lines:
-        return held
-    return replace(held, lines=[], optional=True, missing="no quality is held beside the cross-entropy")
+    """What the controller measures of the quality that it holds, beside its target; left out where that is the
+    cross-entropy that the panel before shows."""
+    name, lines = "cross-entropy held (nats)" if holds_cross_entropy(run) else "FVU held", []
+    if not (holds_cross_entropy(run) and run.has("val/ce")):
+        lines = [line(run, "measured", "measured", "step", "controller/quality"), _target(run)]
+    lines = [one for one in lines if one.x]
+    return Panel(
+        "Quality",
+        over_steps(run),
+        axis(name, [v for one in lines for v in one.y]),
+        lines,
+        missing=None if lines else "no quality is held beside the cross-entropy",
+        optional=True,
+    )
 
 
 def _target(run: Run) -> Line:

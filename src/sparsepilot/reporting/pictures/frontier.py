@@ -45,7 +45,9 @@ def _panel(run: Run, quality: str, label: str) -> Panel:
 
 
 def _points(run: Run, quality: str, settled: bool) -> list[tuple[float, float]]:
-    """(L0, quality) of the values that a controller was to hold, by whether its loop came to rest there."""
+    """(L0, quality) of the values that a controller was to hold, by whether its loop came to rest there. The last value
+    is recorded at the end of each budget that the run has had: the latest counts."""
     rows = [row for row in run.rows if finite(row.get("frontier/l0")) and finite(row.get(f"frontier/{quality}"))]
-    kept = [row for row in rows if bool(row.get("frontier/settled", True)) == settled]
+    latest = {row["frontier/target"]: row for row in rows}.values()
+    kept = [row for row in latest if bool(row["frontier/settled"]) == settled]
     return sorted((row["frontier/l0"], row[f"frontier/{quality}"]) for row in kept)
