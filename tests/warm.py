@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
-import socket
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from killing.runs import Ended
+
+from sparsepilot.ranks import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -23,6 +27,8 @@ class Warm:
     def __init__(self, folder: Path) -> None:
         """folder: where what the processes print is kept until it has been read."""
         self._outs = (folder / f"{number}.txt" for number in itertools.count())
+        self._running: dict[int, list[Path]] = {}
+        """process -> where what it prints goes"""
         self._begin()
 
     def _begin(self) -> None:
@@ -67,13 +73,10 @@ class Warm:
             environment: of each.
             file_bytes: no file of this rank may grow past so many bytes.
         """
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        shared = {**environment, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        meeting = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         started = []
         for rank, out in enumerate(itertools.islice(self._outs, world)):
-            env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            env = {**environment, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             started.append((self._start(arguments, env, out, file_bytes=(file_bytes or {}).get(rank)), out))
         return [Ended(self._wait(pid), read(out)) for pid, out in started]
 
@@ -94,10 +97,13 @@ class Warm:
             err=str(err or out),
             file_bytes=file_bytes,
         )
+        self._running[int(started["pid"])] = [out] if err is None else [out, err]
         return int(started["pid"])
 
     def _wait(self, pid: int) -> int:
-        return int(self._ask(wait=pid)["code"])
+        code = int(self._ask(wait=pid)["code"])
+        del self._running[pid]
+        return code
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         assert self._server.stdin is not None
@@ -106,10 +112,21 @@ class Warm:
             self._server.stdin.flush()
             return self._answer()
         except BaseException:  # a test that ran out of time: its answer must not be taken for the next one's
+            self._end_with_stacks()
             self._server.kill()
             self.close()
             self._begin()
             raise
+
+    def _end_with_stacks(self) -> None:
+        """Ends what still runs, and prints what it has said and where it was."""
+        for pid in self._running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)  # faulthandler's, in warm_server.py
+        time.sleep(2)
+        for pid, outs in self._running.items():
+            print(f"process {pid}, ended by its test:", *map(read, outs), sep="\n")
+        self._running.clear()
 
     def _answer(self) -> dict[str, Any]:
         assert self._server.stdout is not None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import gc
 import importlib
 import inspect
@@ -62,6 +63,7 @@ def become(request: dict[str, Any]) -> NoReturn:
         opened = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(opened, descriptor)
         os.close(opened)
+    faulthandler.enable()  # SIGABRT: where every thread is
     os.chdir(request["folder"])
     os.environ.update(request["environment"])
     if request["file_bytes"] is not None:

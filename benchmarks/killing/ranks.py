@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 
 from killing.runs import REPOSITORY, Ended, environment_of
+from sparsepilot.ranks import free_port
 
 StartRanks = Callable[[int, list[str], Mapping[str, str]], list[Ended]]
 """(how many, arguments after `python`, environment to add) -> how each ended"""
@@ -17,10 +17,7 @@ StartRanks = Callable[[int, list[str], Mapping[str, str]], list[Ended]]
 
 def start_ranks(world: int, arguments: list[str], environment: Mapping[str, str]) -> list[Ended]:
     """Starts so many ranks of one run as torchrun would, and waits until all have ended."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with tempfile.TemporaryDirectory() as folder:
         outs, processes = [os.path.join(folder, str(rank)) for rank in range(world)], []
         for rank, out in enumerate(outs):

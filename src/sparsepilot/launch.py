@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sparsepilot import slurm
 from sparsepilot.errors import RankError
-from sparsepilot.ranks import num_devices, ranks_here
+from sparsepilot.ranks import free_port, num_devices, ranks_here
 from sparsepilot.sweep_folder import Place, place_here, told_place
 
 LAUNCHED = "SPARSEPILOT_LAUNCHED"
@@ -110,7 +109,7 @@ def _start(script: str, count: int, told: str) -> list[subprocess.Popen[str]]:
         "LOCAL_WORLD_SIZE": str(count),
         "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         LAUNCHED: "1",
     }
     command = [sys.executable, *subprocess._args_from_interpreter_flags(), script]  # type: ignore[attr-defined]
@@ -126,12 +125,6 @@ def _start(script: str, count: int, told: str) -> list[subprocess.Popen[str]]:
             process.stdin.write(told + "\n")
             process.stdin.flush()
     return processes
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Ended(NamedTuple):

@@ -7,7 +7,9 @@ environment: `python train.py` itself (launch.py), torchrun, or Slurm's srun.
 from __future__ import annotations
 
 import os
+import random
 import re
+import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -65,7 +67,24 @@ def adopt(ranks: Ranks) -> None:
         env["MASTER_ADDR"] = _first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
     if "MASTER_PORT" not in env:  # each step of each job its own, the same for all of its tasks
         job, step = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_STEP_ID", 0))
-        env["MASTER_PORT"] = str(15_000 + (job * 7 + step) % 15_000)
+        env["MASTER_PORT"] = str(PORTS[(job * 7 + step) % len(PORTS)])
+
+
+PORTS = range(15_000, 30_000)
+"""Where ranks meet: below what Linux deals out by itself (from 32,768), so that no connection or server which starts
+between the choice of a port and rank 0's first use of it can have been given the same one."""
+
+
+def free_port() -> int:
+    """One of `PORTS` at which nobody listens on this machine."""
+    while True:
+        port = random.SystemRandom().choice(PORTS)  # processes that were forked share the state of `random`
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:  # taken
+                continue
+            return port
 
 
 def _first_host(nodes: str) -> str:
