@@ -51,10 +51,10 @@ from peers.common import Rows, evaluate, write_json
 from rich.console import Console
 
 import sparsepilot
+from sparsepilot.building import build_data
 from sparsepilot.config.resolvers import register_resolvers
 from sparsepilot.config.schema import register
 from sparsepilot.data.cache import Cache
-from sparsepilot.run import build_data
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = {"sae-lens": "train_sae_lens.py", "dictionary-learning": "train_dictionary_learning.py"}

@@ -28,6 +28,7 @@ from peers.activations import activations, checksum
 from peers.worker import Channel, machine
 from rich.console import Console
 
+from sparsepilot.building import build_data, build_module, build_trainer
 from sparsepilot.callbacks.run_log import RunLog
 from sparsepilot.config.check import check
 from sparsepilot.config.cli import one_line
@@ -35,9 +36,9 @@ from sparsepilot.config.resolvers import register_resolvers
 from sparsepilot.config.schema import register
 from sparsepilot.data.plan import CachePlan
 from sparsepilot.data.writer import CacheWriter, create, seal
+from sparsepilot.process import prepare_process
 from sparsepilot.process_memory import ask_for_huge_pages
 from sparsepilot.reporting.environment import environment
-from sparsepilot.run import build_data, build_module, build_trainer, prepare_process
 from sparsepilot.run_folder import RunFolder
 from sparsepilot.training.module import TrainingModule
 from sparsepilot.training.trainee import Trainee

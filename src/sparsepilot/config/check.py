@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pkgutil
-from typing import Any, cast
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from sparsepilot.callbacks.disturb import disturbance
 from sparsepilot.config.instantiate import instantiate
+from sparsepilot.config.plain import plain_values
 from sparsepilot.config.shards import check_shards
 from sparsepilot.config.signature import check_fields, check_target, takes
 from sparsepilot.config.trainees import each_alone, naming
@@ -85,7 +86,7 @@ def _complete(cfg: DictConfig) -> dict[str, Any]:
     if missing:
         first = sorted(missing)[0]
         raise ConfigError(f"{first}: missing; set {first}=...")
-    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+    return plain_values(cfg)
 
 
 def _check_data(plain: dict[str, Any]) -> None:

@@ -10,9 +10,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sparsepilot.building import build_module
 from sparsepilot.data.datamodule import RunData
 from sparsepilot.data.statistics import SiteStats
-from sparsepilot.run import build_module
 from sparsepilot.training.module import TrainingModule
 from sparsepilot.types import Batch
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from sparsepilot.config.plain import plain_values
 from sparsepilot.config.resolvers import register_resolvers
 from sparsepilot.config.schema import register
 from sparsepilot.config.signature import check_fields
@@ -26,7 +27,7 @@ from sparsepilot.estimate.needs import disk_needs, rank_memory, step_time
 from sparsepilot.estimate.speed import from_corners
 from sparsepilot.estimate.traffic import sent_per_step
 from sparsepilot.estimate.wanted import Wanted
-from sparsepilot.run import plain, prepare_process
+from sparsepilot.process import prepare_process
 
 ROUNDS = 6
 """Steps of each corner in a calibration, the first of which does not count."""
@@ -138,7 +139,7 @@ def _rows(cfg: DictConfig, job: Job) -> Tensor | None:
     """Rows of the cache, where it is there: how many latents are close to the k-th one depends on them."""
     if job.data.cache_bytes is None:
         return None
-    path = plain(cfg)["data"]["path"]
+    path = plain_values(cfg)["data"]["path"]
     cache = open_sites(path, list(job.data.widths))
     count = min(job.rank_rows, cache.num_train_rows)
     x_BD = torch.cat([cache.read(site, 0, count) for site in job.data.widths], dim=1)

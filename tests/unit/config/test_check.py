@@ -210,10 +210,12 @@ def test_the_command_line_prints_one_line(warm: Warm, tmp_path: Path, argument: 
 
 
 def test_resume_lists_what_may_change_and_refuses_the_rest(compose_cfg) -> None:
-    from sparsepilot.run import plain
+    from sparsepilot.config.plain import plain_values
 
-    was = plain(compose_cfg("run_dir=a"))
-    changes = allowed_changes(was, plain(compose_cfg("run_dir=a", "logger=none", "samples=9_000_000", "accumulate=2")))
+    was = plain_values(compose_cfg("run_dir=a"))
+    changes = allowed_changes(
+        was, plain_values(compose_cfg("run_dir=a", "logger=none", "samples=9_000_000", "accumulate=2"))
+    )
     assert "samples: 2500000 -> 9000000" in [str(change) for change in changes]
     for refused in (
         "model.k=16",
@@ -225,12 +227,16 @@ def test_resume_lists_what_may_change_and_refuses_the_rest(compose_cfg) -> None:
         "cross_entropy=spliced",
     ):
         with pytest.raises(ConfigError, match="another configuration") as error:
-            allowed_changes(was, plain(compose_cfg("run_dir=a", refused)))
+            allowed_changes(was, plain_values(compose_cfg("run_dir=a", refused)))
         assert refused.partition("=")[0] in str(error.value)
-    measured = plain(compose_cfg("run_dir=a", "cross_entropy=spliced"))
-    assert allowed_changes(measured, plain(compose_cfg("run_dir=a", "cross_entropy=spliced", "cross_entropy.kl=false")))
+    measured = plain_values(compose_cfg("run_dir=a", "cross_entropy=spliced"))
+    assert allowed_changes(
+        measured, plain_values(compose_cfg("run_dir=a", "cross_entropy=spliced", "cross_entropy.kl=false"))
+    )
     with pytest.raises(ConfigError, match=r"cross_entropy.tokens: 10000 -> 5"):
-        allowed_changes(measured, plain(compose_cfg("run_dir=a", "cross_entropy=spliced", "cross_entropy.tokens=5")))
+        allowed_changes(
+            measured, plain_values(compose_cfg("run_dir=a", "cross_entropy=spliced", "cross_entropy.tokens=5"))
+        )
     older = {
         field: value for field, value in was.items() if field != "cross_entropy"
     }  # of before there was such a thing

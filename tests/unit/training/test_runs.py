@@ -13,12 +13,12 @@ from conftest import ROOT, TINY
 import sparsepilot
 from sparsepilot.callbacks.checkpoint_io import is_whole, list_checkpoints
 from sparsepilot.claim import Claim, claim
+from sparsepilot.config.plain import plain_values
 from sparsepilot.data.cache import Cache
 from sparsepilot.errors import ConfigError, SparsepilotError
 from sparsepilot.interop.dictionary import OWN_TENSORS
 from sparsepilot.reporting.runs import read_runs
 from sparsepilot.rows import read_rows
-from sparsepilot.run import plain
 from sparsepilot.run_folder import RunFolder
 
 
@@ -221,7 +221,7 @@ def test_never_holds_for_a_job_and_not_for_each_of_its_starts(
     for number in ("", "-2"):  # two runs of one start
         train_tiny("resume=never", "samples=1024")
         assert (tmp_path / f"run{number}").is_dir()
-    config = plain(compose_cfg(*TINY, f"data.path={tmp_path}/cache", f"run_dir={tmp_path}/run", "samples=1024"))
+    config = plain_values(compose_cfg(*TINY, f"data.path={tmp_path}/cache", f"run_dir={tmp_path}/run", "samples=1024"))
 
     def folder(job: str, restarts: str) -> str:
         monkeypatch.setenv("SLURM_JOB_ID", job)
@@ -245,7 +245,7 @@ def test_one_process_per_run_folder(train_tiny, compose_cfg, tmp_path: Path) -> 
     finally:
         other.release()
     train_tiny()
-    config = plain(compose_cfg(*TINY, f"data.path={tmp_path}/cache", f"run_dir={tmp_path}/run"))
+    config = plain_values(compose_cfg(*TINY, f"data.path={tmp_path}/cache", f"run_dir={tmp_path}/run"))
     claim(str(tmp_path / "run"), "auto", config).release()
 
 
