@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+from os import PathLike
 
 
 class SparsepilotError(Exception):
@@ -32,6 +34,21 @@ class RankError(SparsepilotError):
 
 class SaidElsewhere(SparsepilotError):
     """An error that another rank of the run has found and printed; this one ends without a word."""
+
+
+def cannot_write(path: str | PathLike[str], cause: OSError) -> CheckpointError:
+    """What to raise where a file of a run could not be written.
+
+    >>> print(cannot_write("run/last.ckpt", OSError(errno.ENOSPC, "No space left on device")))
+    cannot write run/last.ckpt: the disk is full; checkpoints written before are whole, free some space and start again
+    >>> print(cannot_write("run/last.ckpt", OSError(errno.ENOENT, "No such file or directory")))
+    cannot write run/last.ckpt: No such file or directory; checkpoints that are still there are whole
+    """
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        what = "the disk is full; checkpoints written before are whole, free some space and start again"
+    else:
+        what = f"{cause.strerror or cause}; checkpoints that are still there are whole"
+    return CheckpointError(f"cannot write {path}: {what}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sparsepilot import faults
-from sparsepilot.errors import CheckpointError, ConfigError
+from sparsepilot.errors import ConfigError, cannot_write
 
 RowMapping = Mapping[str, Any]
 
@@ -108,11 +107,7 @@ class RowFile:
             while line:  # a nearly full disk takes a part of it
                 line = line[self._file.write(line) :]
         except OSError as error:
-            why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
-            raise CheckpointError(
-                f"cannot write {self._file.name}: {why}; checkpoints written before are whole, free some space and "
-                "start again"
-            ) from error
+            raise cannot_write(self._file.name, error) from error
 
     def sync(self) -> None:
         """Makes what was appended durable; called before a checkpoint that relies on it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import IO, Any, cast
 import torch
 
 from sparsepilot import faults
-from sparsepilot.errors import CheckpointError
+from sparsepilot.errors import cannot_write
 from sparsepilot.run_folder import replacing
 
 TRAILER = b"sha256\r\n"
@@ -44,14 +43,6 @@ def write_sealed(path: Path, value: Any, point: str) -> str:
             raise cannot_write(path, cause) from error
         raise
     return digest.hex()
-
-
-def cannot_write(path: Path, cause: OSError) -> CheckpointError:
-    """The error that says why."""
-    why = "the disk is full" if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(cause)
-    return CheckpointError(
-        f"cannot write {path}: {why}; checkpoints written before are whole, free some space and start again"
-    )
 
 
 def read_sealed(path: Path, mapped: bool = False, map_location: Any = "cpu") -> Any:

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sparsepilot import faults
-from sparsepilot.callbacks.sealed_file import cannot_write, digest_of, read_sealed, write_sealed
-from sparsepilot.errors import CheckpointError
+from sparsepilot.callbacks.sealed_file import digest_of, read_sealed, write_sealed
+from sparsepilot.errors import CheckpointError, cannot_write
 from sparsepilot.parallel.agreement import from_all, from_first
 from sparsepilot.parallel.mesh import world
 from sparsepilot.parallel.shards import Box, box_of, own
