@@ -9,10 +9,11 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from sparsepilot.autoencoders.base import Common, weights_and_biases
+from sparsepilot.autoencoders.base import Common
 from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.autoencoders.penalised import Penalised
 from sparsepilot.autoencoders.step import Knob, Moment, Response
+from sparsepilot.autoencoders.weights import weights_and_biases
 from sparsepilot.errors import ConfigError
 from sparsepilot.ops.jump import jump, step
 from sparsepilot.parallel.shards import own, sum_over_parts

@@ -10,13 +10,14 @@ from shapes import ARCHITECTURES, BLOCKS, F, assert_same, dead_ids, gradients, m
 from threads import Line
 from torch import Tensor
 
-from sparsepilot.autoencoders import base
-from sparsepilot.autoencoders.base import Autoencoder, normal_rows
+from sparsepilot.autoencoders import weights
+from sparsepilot.autoencoders.base import Autoencoder
 from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.autoencoders.prefixes import FixedPrefixes, RandomPrefixes
 from sparsepilot.autoencoders.revival import AuxK, PreActivation
 from sparsepilot.autoencoders.step import Step
 from sparsepilot.autoencoders.topk import TopK
+from sparsepilot.autoencoders.weights import normal_rows
 from sparsepilot.errors import ConfigError
 from sparsepilot.ops import product
 from sparsepilot.ops.among_shards import num_kept
@@ -229,7 +230,7 @@ def test_traffic_does_not_grow_with_the_dictionary(monkeypatch) -> None:
 
 @pytest.mark.parametrize(("d_sae", "width", "block"), [(96, 7, 16), (100, 3, 16), (30, 5, 2**14), (4, 3, 16)])
 def test_a_shard_begins_as_its_part_of_the_whole(monkeypatch, d_sae: int, width: int, block: int) -> None:
-    monkeypatch.setattr(base, "DRAWN_ROWS", block)
+    monkeypatch.setattr(weights, "DRAWN_ROWS", block)
     torch.manual_seed(3)
     whole, after = torch.randn(d_sae, width), torch.randn(5)
     for rank in range(2):
