@@ -41,7 +41,9 @@ def print_run(run: Run, shares: list[float]) -> None:
             f"| {held_out['val/silent_latents']:,} |"
         )
     last = [row["controller/error"] for row in steps if row["samples"] > 0.9 * budget]
-    print(f"\nrms of the error over the last tenth: {math.sqrt(mean(e * e for e in last)):.1%}")
+    print()
+    if last:  # the run has come so far
+        print(f"rms of the error over the last tenth: {math.sqrt(mean(e * e for e in last)):.1%}")
     width = min(1e6, budget / 50)
     means = [mean(l0) for _, l0 in sorted(parts_of(rows, "train/l0", width).items())]
     falls = [b < a for a, b in pairwise(means)]
