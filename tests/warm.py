@@ -27,8 +27,9 @@ class Warm:
     def __init__(self, folder: Path) -> None:
         """folder: where what the processes print is kept until it has been read."""
         self._outs = (folder / f"{number}.txt" for number in itertools.count())
-        self._running: dict[int, list[Path]] = {}
-        """process -> where what it prints goes"""
+        self._running: set[int] = set()
+        self._unread: dict[int, list[Path]] = {}
+        """process, of one that has ended too -> where what it printed is"""
         self._begin()
 
     def _begin(self) -> None:
@@ -45,17 +46,15 @@ class Warm:
 
     def __call__(self, arguments: list[str], environment: Mapping[str, str], file_bytes: int | None = None) -> Ended:
         """One process, until it ends."""
-        out = next(self._outs)
-        pid = self._start(arguments, environment, out, file_bytes=file_bytes)
-        return Ended(self._wait(pid), read(out))
+        pid = self._start(arguments, environment, next(self._outs), file_bytes=file_bytes)
+        return Ended(self._wait(pid), *self._printed(pid))
 
     def script(
         self, arguments: Sequence[str], folder: Path = REPOSITORY, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """One process that works in `folder`, until it ends: stdout and stderr apart."""
-        out, err = next(self._outs), next(self._outs)
-        code = self._wait(self._start(list(arguments), environment, out, err, folder))
-        return subprocess.CompletedProcess(list(arguments), code, read(out), read(err))
+        pid = self._start(list(arguments), environment, next(self._outs), next(self._outs), folder)
+        return subprocess.CompletedProcess(list(arguments), self._wait(pid), *self._printed(pid))
 
     def ranks(
         self,
@@ -77,8 +76,9 @@ class Warm:
         started = []
         for rank, out in enumerate(itertools.islice(self._outs, world)):
             env = {**environment, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            started.append((self._start(arguments, env, out, file_bytes=(file_bytes or {}).get(rank)), out))
-        return [Ended(self._wait(pid), read(out)) for pid, out in started]
+            started.append(self._start(arguments, env, out, file_bytes=(file_bytes or {}).get(rank)))
+        codes = [self._wait(pid) for pid in started]  # of all, before one's words are read and would be lost
+        return [Ended(code, *self._printed(pid)) for code, pid in zip(codes, started, strict=True)]
 
     def _start(
         self,
@@ -97,13 +97,19 @@ class Warm:
             err=str(err or out),
             file_bytes=file_bytes,
         )
-        self._running[int(started["pid"])] = [out] if err is None else [out, err]
-        return int(started["pid"])
+        pid = int(started["pid"])
+        self._running.add(pid)
+        self._unread[pid] = [out] if err is None else [out, err]
+        return pid
 
     def _wait(self, pid: int) -> int:
         code = int(self._ask(wait=pid)["code"])
-        del self._running[pid]
+        self._running.remove(pid)
         return code
+
+    def _printed(self, pid: int) -> list[str]:
+        """What a process that is over has printed, once."""
+        return [read(out) for out in self._unread.pop(pid)]
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         assert self._server.stdin is not None
@@ -119,13 +125,14 @@ class Warm:
             raise
 
     def _end_with_stacks(self) -> None:
-        """Ends what still runs, and prints what it has said and where it was."""
+        """Ends what still runs, and prints what it and its fellows have said and where it was."""
         for pid in self._running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGABRT)  # faulthandler's, in warm_server.py
         time.sleep(2)
-        for pid, outs in self._running.items():
-            print(f"process {pid}, ended by its test:", *map(read, outs), sep="\n")
+        for pid in list(self._unread):
+            how = "ended by its test" if pid in self._running else "over"
+            print(f"process {pid}, {how}:", *self._printed(pid), sep="\n")
         self._running.clear()
 
     def _answer(self) -> dict[str, Any]:

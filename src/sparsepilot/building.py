@@ -224,9 +224,10 @@ def build_loggers(cfg: DictConfig, samples: int) -> list[Logger]:
 
 
 def whole_batches(samples: int, batch: int) -> int:
+    """Samples, rounded up to whole batches."""
     return -(-samples // batch) * batch
 
 
 def total_of(cfg: DictConfig) -> int:
-    """The budget in whole batches, rounded up."""
+    """The budget in whole batches."""
     return whole_batches(int(cfg.samples), int(cfg.batch))
