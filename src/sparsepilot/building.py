@@ -169,7 +169,11 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, log: RunLog, console: Cons
     )
     callbacks: list[L.Callback] = [
         log,
-        *([Disturb(**{**when.disturb, "at": int(when.disturb["at"] * total_samples)})] if when.disturb else []),
+        *(
+            [Disturb(**{**when.disturb, "at": int(when.disturb["at"] * total_samples)}, total_samples=total_samples)]
+            if when.disturb
+            else []
+        ),
         ValidateEvery(
             when.validate_every_samples or max(cfg.batch, total_samples // 20),
             log,

@@ -85,7 +85,8 @@ class BatchTopK(Autoencoder):
 
     @torch.no_grad()
     def shift_thresholds_(self, by: float) -> None:
-        self.threshold.add_(by)  # k is k in training, wherever the pre-activations lie
+        # k is k in training, wherever the pre-activations lie; below 0 it would count as not known yet
+        self.threshold.add_(by).clamp_min_(0)
 
     def activate(self, pre_BF: Tensor) -> Tensor:
         return pre_BF * (pre_BF > self.threshold.clamp_min(0))

@@ -14,7 +14,7 @@ from sparsepilot.training.trainee import Trainee
 from sparsepilot.training.validation import Validation
 
 LR_FOR = 0.01
-"""Share of the budget."""
+"""Share of the budget, and one step at least."""
 
 
 class Disturb(L.Callback):
@@ -22,6 +22,7 @@ class Disturb(L.Callback):
 
     Args:
         at: sample of the run.
+        total_samples: the budget.
         thresholds: is added to every latent's threshold, in units of scaled pre-activations.
         strength: the controller's strength is multiplied by it.
         data_scale: all inputs from there on are multiplied by it.
@@ -31,31 +32,38 @@ class Disturb(L.Callback):
     def __init__(
         self,
         at: int,
+        total_samples: int,
         thresholds: float = 0.0,
         strength: float = 1.0,
         data_scale: float = 1.0,
         lr: float = 1.0,
     ) -> None:
         self.at, self.thresholds, self.strength, self.data_scale, self.lr = at, thresholds, strength, data_scale, lr
+        self.lr_samples = LR_FOR * total_samples
+        self._scaled = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run that resumes behind `at` has its inputs scaled; the rest is in its state, or hangs on the clock."""
         module = cast(TrainingModule, pl_module)
-        module.schedules = {name: self._disturbed(schedule) for name, schedule in module.schedules.items()}
-        if module.samples >= self.at:
-            self._scale_data(module)
+        module.schedules = {name: self._disturbed(one, module.batch) for name, one in module.schedules.items()}
+        self._scale_data(module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Where nothing was left to train, training has not started, and the dictionary is written all the same."""
+        self._scale_data(cast(TrainingModule, pl_module))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"at": self.at}
+        return {"at": self.at, "lr_samples": self.lr_samples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Where it was is where it stays: with a longer budget the share would be another place."""
-        self.at = state_dict["at"]
+        """Where and how long it was is what it stays: of a longer budget the shares would be others."""
+        self.at, self.lr_samples = state_dict["at"], state_dict["lr_samples"]
 
-    def _disturbed(self, undisturbed: Schedule) -> Schedule:
+    def _disturbed(self, undisturbed: Schedule, batch: int) -> Schedule:
+        until = self.at + max(self.lr_samples, batch)
+
         def schedule(samples: int, total_samples: int) -> float:
-            for_now = self.at <= samples < self.at + LR_FOR * total_samples
-            return undisturbed(samples, total_samples) * (self.lr if for_now else 1.0)
+            return undisturbed(samples, total_samples) * (self.lr if self.at <= samples < until else 1.0)
 
         return schedule
 
@@ -73,6 +81,10 @@ class Disturb(L.Callback):
         self._scale_data(module)
 
     def _scale_data(self, module: TrainingModule) -> None:
+        """Once, behind `at`: what data are scaled by is not in a checkpoint."""
+        if self._scaled or module.samples < self.at:
+            return
+        self._scaled = True
         for name, trainee in module.trainees.items():
             trainee = cast(Trainee, trainee)
             trainee.scale_in.mul_(self.data_scale)

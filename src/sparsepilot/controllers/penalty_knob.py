@@ -8,20 +8,13 @@ from typing import Any
 
 from sparsepilot.controllers.base import Plant
 from sparsepilot.controllers.knob import Knob, Seen, log_l0
-from sparsepilot.controllers.laws import PI, GainEstimate, Gains, average, clamp, estimate_gain, keep_of, pi_step
+from sparsepilot.controllers.laws import PI, GainEstimate, Gains, clamp, estimate_gain, keep_of, pi_step
+from sparsepilot.controllers.motion import Motion, collapses, follows, motion_step
 from sparsepilot.controllers.steadiness import Noise, Swing, noise_after, noise_step, quieting, softening, swing_step
 from sparsepilot.controllers.upset import Calm, Upset, upset_step
 
 COHERENT = 0.9
-"""Share of the thresholds' motion in one direction from which on they run at their limit where it helps:"""
-CREEP = 0.005
-"""where L0 itself follows by so many nats in a lag. (Not the error: where the set point moves as fast as L0, or faster,
-that does not shrink, at the limit or not.)"""
-SHRINKS = 0.02
-"""Of a wide kernel, whose weights press on L0 as well and may undo what thresholds do: where the error shrinks by so
-many nats in a lag. It falls for other reasons, too."""
-SLOPE_OVER = 0.5
-"""In lags: the average that the error and L0 are compared with for their slope."""
+"""Share of the thresholds' motion in one direction from which on they run at their limit, where L0 follows."""
 NEAR = 0.25
 """Nats of error within which a validation says something about the ratio at the set point."""
 FOLLOWING, INTEGRATING = (1.0, 1.0, 10.0, 0.0025), (6.0, 5.0, math.inf, math.inf)
@@ -30,11 +23,8 @@ ln(strength) by through P. A plant that integrates already wants mostly P, and e
 BEGIN = 0.1
 """Strength at the start, as a share of the model's own coefficient: one that is too weak costs a little time, one that
 is too strong costs latents."""
-COLLAPSING, BRAKE = -0.7, 5.0
-"""Where L0 falls and will be lower than its set point by so many nats in a lag, latents are being lost:
-ln(strength) goes down by so many nats in a lag, whatever the gains."""
-FALLING = 0.1
-"""Nats in a lag from which on L0 counts as falling."""
+BRAKE = 5.0
+"""Nats in a lag by which ln(strength) goes down where L0 collapses, whatever the gains."""
 RISE, ENOUGH = 0.5, -0.1
 """Nats in a lag by which ln(strength) rises from where it begins by default to a stronger start, and the error, as it
 will be in a lag, at which it goes no further: a start that is too strong is seen before it kills. Nor does it rise
@@ -71,8 +61,7 @@ class PenaltyKnob(Knob):
     # L0 at one instant is a few percent beside its mean, which must not become the set point's error
     ratio_weight = 0.4
     state = (
-        "strength", "_pi", "_estimate", "_slow_error", "_slow_answer", "_slewing", "_steps", "_swing", "_noise",
-        "_start", "_upset",
+        "strength", "_pi", "_estimate", "_motion", "_slewing", "_steps", "_swing", "_noise", "_start", "_upset",
     )  # fmt: skip
 
     def __init__(
@@ -98,8 +87,7 @@ class PenaltyKnob(Knob):
         )
         self.begin()
         self._estimate = GainEstimate()
-        self._slow_error: float | None = None
-        self._slow_answer: float | None = None
+        self._motion = Motion()
         self._slewing = False
         self._swing, self._noise = Swing(), Noise()
         self._steps = 0
@@ -125,27 +113,24 @@ class PenaltyKnob(Knob):
         batch, lag, error = self.plant.batch, self._lag, seen.error
         answer = log_l0(seen.mean_l0)
         self._estimate = estimate_gain(self._estimate, self._pi.output, answer, batch, lag)
-        # an error that will be gone within a lag at its present pace needs nothing more than what made it go
-        keep = keep_of(batch, SLOPE_OVER * lag)
-        self._slow_error = average(self._slow_error, error, keep)
-        in_a_lag = error + (error - self._slow_error) / SLOPE_OVER
-        self._slow_answer = average(self._slow_answer, answer, keep)
-        falls, side = (self._slow_answer - answer) / SLOPE_OVER, math.copysign(1.0, error)
-        helps = side * falls > CREEP if self.plant.integrates else abs(error) - abs(in_a_lag) > SHRINKS
-        self._slewing = helps and side * seen.measured.coherence > COHERENT
-        self._approach_start(in_a_lag)
+        self._motion = motion_step(self._motion, error, answer, batch, lag)
+        assert self._motion.slow_error is not None
+        runs = math.copysign(1.0, error) * seen.measured.coherence > COHERENT
+        self._slewing = runs and follows(self._motion, error, integrates=self.plant.integrates)
+        self._approach_start()
         self._upset, integral = upset_step(
-            self._upset, math.log(seen.mean_set_point), error, self._slow_error, self._pi.output, batch, lag,
+            self._upset, math.log(seen.mean_set_point), error, self._motion.slow_error, self._pi.output, batch, lag,
             self.plant.integrates,
         )  # fmt: skip
         if integral is not None:
             self._pi = self._pi._replace(integral=integral, drift=0.0)
         stays, force = self._upset.left > 0, FORCE[self.plant.integrates] if self._upset.side else 1.0
-        gains = self._gains_now(log_l0(seen.measured.l0, over=seen.was), error - self._slow_error, force)
-        if not stays and force == 1.0 and in_a_lag < COLLAPSING and in_a_lag < error - FALLING:
+        gains = self._gains_now(log_l0(seen.measured.l0, over=seen.was), error - self._motion.slow_error, force)
+        if not stays and force == 1.0 and collapses(self._motion, error):
             braked = clamp(self._pi.integral - BRAKE * batch / lag, gains.low, gains.high)
             self._pi = self._pi._replace(integral=braked, drift=0.0)
-        hold = self._slewing or stays or in_a_lag * error < 0
+        # an error that will be gone within a lag at its present pace needs nothing more than what made it go
+        hold = self._slewing or stays or self._motion.error_in_a_lag * error < 0
         self._pi = pi_step(self._pi, error, batch, gains, hold=hold)
         self._steps += 1
         self.strength = self._faded_in()
@@ -175,10 +160,10 @@ class PenaltyKnob(Knob):
             rate=force * self._gains.rate,
         )
 
-    def _approach_start(self, in_a_lag: float) -> None:
+    def _approach_start(self) -> None:
         """One step from where ln(strength) begins by default to a stronger start."""
         left, risen = self._start
-        if left > 0 and (self._slewing or in_a_lag < ENOUGH):
+        if left > 0 and (self._slewing or self._motion.error_in_a_lag < ENOUGH):
             left, rise = 0.0, -min(risen, UNFELT * RISE)  # the last lags' rise has not answered yet
         else:
             rise = min(left, RISE * self.plant.batch / self._lag)
@@ -210,7 +195,7 @@ class PenaltyKnob(Knob):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._pi, self._estimate = PI(*self._pi), GainEstimate(*self._estimate)
+        self._pi, self._estimate, self._motion = PI(*self._pi), GainEstimate(*self._estimate), Motion(*self._motion)
         self._swing, self._noise = Swing(*self._swing), Noise(*self._noise)
         calm, *rest = self._upset
         self._upset = Upset(Calm(*calm), *rest)

@@ -55,6 +55,31 @@ def test_where_it_was_it_stays_under_a_longer_budget(train_tiny, tmp_path: Path)
         train_tiny(*words, "callbacks.disturb=null", "samples=40960")
 
 
+def test_between_two_steps_it_is_for_the_next_one(train_tiny, tmp_path: Path) -> None:
+    """1% of 20 steps is less than one."""
+    words = (*EIGHTY, "samples=5120", "schedule=constant", "callbacks.disturb={at: 0.51, lr: 3}")
+    rates = [row["train/lr"] for row in rows_of(train_tiny, tmp_path / "shaken", *words)]
+    assert [number for number, rate in enumerate(rates) if rate != rates[0]] == [11]
+
+
+def test_a_finished_run_that_is_started_again_has_the_same_dictionary(train_tiny, tmp_path: Path) -> None:
+    words = (*EIGHTY, "callbacks.disturb={at: 0.5, data_scale: 3}", f"run_dir={tmp_path}/shaken")
+    train_tiny(*words)
+    first = (tmp_path / "shaken" / "sae.safetensors").read_bytes()
+    train_tiny(*words)
+    assert (tmp_path / "shaken" / "sae.safetensors").read_bytes() == first
+
+
+def test_a_threshold_of_the_batch_falls_to_0_at_most(train_tiny, tmp_path: Path) -> None:
+    """All that is positive fires then on held-out rows, and k of them in training, where it finds its way back."""
+    words = ("model=batchtopk", "model.k=8", "controller=constant", "callbacks.validate_every_samples=256")
+    train_tiny(*EIGHTY, *words, "callbacks.disturb={at: 0.5, thresholds: -5}", f"run_dir={tmp_path}/shaken")
+    rows = read_rows(tmp_path / "shaken" / "metrics.jsonl")
+    l0 = [row["val/l0"] for row in rows if "val/l0" in row]
+    assert l0[FIRST - 1] > 2 * l0[FIRST - 2]
+    assert l0[-1] == pytest.approx(8, rel=0.1)
+
+
 def test_the_data_scale_leaves_fvu_about_the_mean(train_tiny, tmp_path: Path) -> None:
     """FVU over MSE is one over the data's variance in its own units, which the rows keep."""
     words = ("model=topk", "model.k=8", "controller=constant", "callbacks.validate_every_samples=1024")
