@@ -65,7 +65,16 @@ def zeros(run: Run, what: str, *keys: str) -> list[str]:
     values = [v for key in keys for v in run.series("step", key)[1]]
     if not values or min(values) > 0:
         return []
-    return [f"{what} was 0 throughout" if max(values) <= 0 else f"gap: {what} was 0, not drawn on a log axis"]
+    return [f"{what} was 0 throughout" if max(values) <= 0 else f"gap: {not_drawn(what)}"]
+
+
+def not_drawn(what: str) -> str:
+    """Why a log axis lacks a value of 0.
+
+    >>> not_drawn("L0")
+    'L0 was 0, not drawn on a log axis'
+    """
+    return f"{what} was 0, not drawn on a log axis"
 
 
 def absent(run: Run, key: str) -> str | None:

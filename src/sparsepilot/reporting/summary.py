@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sparsepilot.metrics.dead import dead_window_samples
 from sparsepilot.reporting.page import PAGE
-from sparsepilot.reporting.ticks import samples_text
+from sparsepilot.reporting.ticks import samples_text, with_error
 from sparsepilot.run_folder import RunFolder
 
 
@@ -93,10 +93,7 @@ def print_sizes(console: Console, sizes: Mapping[str, str]) -> None:
 
 
 def _cross_entropy(metrics: Mapping[str, Any]) -> str:
-    text = f"{metrics['val/ce']:.4f}"
-    if "val/ce_se" in metrics:
-        text += f" ± {metrics['val/ce_se']:.4f}"
-    text += f", clean {metrics['val/ce_clean']:.4f}"
+    text = f"{with_error(metrics['val/ce'], metrics.get('val/ce_se'))}, clean {metrics['val/ce_clean']:.4f}"
     if "val/ce_recovered" in metrics:
         text += f", {metrics['val/ce_recovered']:.1%} recovered"
     return text

@@ -26,7 +26,15 @@ MEASURED = {
     "samples": "samples",
 }
 """Columns of the CSV file, and the keys whose last values they hold."""
-SPARSITY = ("model.k", "controller.target_l0", "controller.target", "controller.strength", "controller.end")
+SPARSITY = (
+    "model.k",
+    "model.coefficient",
+    "model.target_l0",
+    "controller.target_l0",
+    "controller.target",
+    "controller.strength",
+    "controller.end",
+)
 """Fields by which a run is made sparser; members that differ in nothing else lie on one line."""
 
 
@@ -43,7 +51,7 @@ class Row:
     @property
     def fields(self) -> dict[str, str]:
         """{"model.k": "8"}"""
-        return dict(word.lstrip("+~").partition("=")[::2] for word in self.words)
+        return {_field(word): word.partition("=")[2] for word in self.words}
 
 
 def write_sweep_report(sweep: SweepFolder, out: Path) -> Path:
@@ -137,12 +145,14 @@ def members_table(rows: Sequence[Row]) -> Table:
 
 
 def joined(frontier: Picture, rows: Sequence[Row]) -> Picture:
-    """The ends of the members with a line through those that differ only in how sparse they were made."""
+    """The ends of the members with a line through those that differ only in how sparse they were made; of members that
+    train several dictionaries, a line for each of these."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for place, row in enumerate(row for row in rows if row.run is not None):
         if row.fields.keys() & set(SPARSITY):
-            rest = tuple(word for word in row.words if word.partition("=")[0] not in SPARSITY)
-            groups.setdefault(rest, []).append(place)
+            rest = [word for word in row.words if _field(word) not in SPARSITY]
+            trainee = [row.run.trainee] if row.run and row.run.trainee else []
+            groups.setdefault((*rest, *trainee), []).append(place)
     panels = [_with_lines(panel, groups) for panel in frontier.panels]
     return replace(frontier, title="Frontier of the sweep", panels=panels)
 
@@ -150,12 +160,12 @@ def joined(frontier: Picture, rows: Sequence[Row]) -> Picture:
 def _with_lines(panel: Panel, groups: dict[tuple[str, ...], list[int]]) -> Panel:
     ends = {line.run: (line.x[-1], line.y[-1]) for line in panel.lines if line.role == "validation" and line.x}
     lines = []
-    for rest, places in groups.items():
+    for words, places in groups.items():
         points = sorted(ends[place] for place in places if place in ends)
         if len(points) > 1:
-            name = ", ".join(rest) or "members"
+            name = ", ".join(words) or "members"
             lines.append(Line(name, "measured", [p[0] for p in points], [p[1] for p in points], run=-1))
-    return replace(panel, lines=[*lines, *panel.lines], notes=[] if lines else panel.notes)
+    return replace(panel, lines=[*lines, *panel.lines])
 
 
 def member_name(row: Row) -> str:
@@ -163,6 +173,11 @@ def member_name(row: Row) -> str:
     assert row.run is not None
     short = [f"{name.rpartition('.')[2]}={value}" for name, value in row.fields.items()]
     return f"{row.member.number}: {', '.join([*short, *([row.run.trainee] if row.run.trainee else [])])}"
+
+
+def _field(word: str) -> str:
+    """The field that an override sets: `model.k` of `+model.k=8`."""
+    return word.lstrip("+~").partition("=")[0]
 
 
 def _has_trainees(rows: Sequence[Row]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from sparsepilot.metrics.dead import dead_window_samples
 from sparsepilot.reporting.labels import differences, value_text
 from sparsepilot.reporting.runs import Run
-from sparsepilot.reporting.ticks import samples_text
+from sparsepilot.reporting.ticks import samples_text, with_error
 
 
 class Table(NamedTuple):
@@ -53,10 +53,8 @@ def _dead(run: Run) -> str:
 
 def _cross_entropy(run: Run) -> str:
     """With the standard error of its distance to the clean model's."""
-    value, error = run.last("val/ce"), run.last("val/ce_se")
-    if value is None:
-        return ""
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+    value = run.last("val/ce")
+    return "" if value is None else with_error(value, run.last("val/ce_se"))
 
 
 def _kl(run: Run) -> str:

@@ -98,6 +98,15 @@ def number_text(value: float) -> str:
     return _scientific(value)
 
 
+def with_error(value: float, error: float | None) -> str:
+    """A measurement with its standard error, where there is one.
+
+    >>> with_error(2.34567, 0.01), with_error(2.34567, None)
+    ('2.3457 ± 0.0100', '2.3457')
+    """
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
 def _scientific(value: float) -> str:
     mantissa, exponent = f"{value:.3e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}" if value else "0"

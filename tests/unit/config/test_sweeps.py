@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,17 @@ from sparsepilot.config.resolvers import register_resolvers
 from sparsepilot.config.schema import register
 from sparsepilot.config.sweeping import Record
 from sparsepilot.errors import ConfigError
-from sparsepilot.reporting.sweep import joined, member_name, members_table, read_sweep, write_sweep_report, write_table
+from sparsepilot.reporting.figure import Panel
+from sparsepilot.reporting.runs import Run
+from sparsepilot.reporting.sweep import (
+    Row,
+    joined,
+    member_name,
+    members_table,
+    read_sweep,
+    write_sweep_report,
+    write_table,
+)
 from sparsepilot.sweep_folder import Member, Place, SweepFolder
 
 TRAIN = str(ROOT / "train.py")
@@ -110,14 +121,35 @@ def test_members_that_differ_in_sparsity_alone_lie_on_one_line(tmp_path: Path) -
     assert table.runs == [0, 1, 2, None, 3, 4]
     assert list(table.rows[3]) == ["3", "1", "32", "-", "-", "-", "waiting"]
 
+    panel = frontier(rows)
+    lines = {line.name: (list(line.x), list(line.y)) for line in panel.lines if line.run < 0}
+    assert lines == {"seed=0": ([8, 16, 32], [0.3, 0.2, 0.1]), "seed=1": ([8, 16], [0.31, 0.21])}
+    assert sum(line.role == "validation" for line in panel.lines) == 5
+
+
+def frontier(rows: Sequence[Row]) -> Panel:
+    """FVU over L0 of a sweep's members."""
     from sparsepilot.reporting.report import draw_pictures
 
     runs = [row.run for row in rows if row.run]
     picture = next(p for p in draw_pictures(runs, [run.name for run in runs]) if p.name == "frontier")
-    panel = joined(picture, rows).panels[0]
+    return joined(picture, rows).panels[0]
+
+
+@pytest.mark.parametrize("field", ["model.coefficient", "+model.k", "++model.target_l0"])
+def test_each_trainee_of_a_sweep_has_a_line(field: str) -> None:
+    """Whichever field makes the members sparser, and however it was written; one that collapsed has no point on it."""
+    config = {"model": {"d_sae": 64, "k": 8}, "data": {}, "batch": 8, "samples": 80}
+    ends = {("narrow", 8): 0.3, ("wide", 8): 0.2, ("narrow", 16): 0.15, ("wide", 16): 0.1, ("narrow", 0): 1.0}
+    rows = []
+    for number, ((trainee, l0), fvu) in enumerate(ends.items()):
+        row = {"step": 10, "samples": 80, "val/l0": float(l0), "val/fvu": fvu}
+        member = Member(number, [], "", "done")
+        rows.append(Row(member, [f"{field}={l0}", "+seed=0"], Run(str(number), config, [row], trainee=trainee), 1))
+    panel = frontier(rows)
     lines = {line.name: (list(line.x), list(line.y)) for line in panel.lines if line.run < 0}
-    assert lines == {"seed=0": ([8, 16, 32], [0.3, 0.2, 0.1]), "seed=1": ([8, 16], [0.31, 0.21])}
-    assert sum(line.role == "validation" for line in panel.lines) == 5
+    assert lines == {"+seed=0, narrow": ([8, 16], [0.3, 0.15]), "+seed=0, wide": ([8, 16], [0.2, 0.1])}
+    assert panel.notes == ["4 of 5 runs have this"]
 
 
 def test_trainees_of_a_member_are_told_apart(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from documented import documented
 from killing.compare import run_differences
 from rich.console import Console
 from torch import Tensor, nn
@@ -88,6 +89,7 @@ def test_a_run_logs_what_its_reconstruction_costs(compose_cfg: Any, overrides: O
         assert len({row[name] for row in rows}) == 1
     assert len({row["val/ce"] for row in rows}) == 8
     assert summary["metrics"]["val/ce"] == rows[-1]["val/ce"]
+    assert {*keys, *summary["metrics"]} <= documented("metrics.jsonl")
 
     # the same figure from the run folder's dictionary, and the whole model with a hook
     sae = sparsepilot.load(tmp_path / "run")

@@ -247,6 +247,30 @@ def test_a_frontier_tells_what_did_not_settle_and_one_last_validation() -> None:
     draw_figure(picture)
 
 
+def test_a_frontier_leaves_out_an_l0_of_zero_and_says_so() -> None:
+    config, note = {"model": {"d_sae": 64}, "samples": 5120, "batch": 256}, "L0 was 0, not drawn on a log axis"
+    held = [
+        {"step": i, "samples": 256 * i, "frontier/target": l0 + 1, "frontier/l0": l0, "frontier/fvu": 1 / (1 + l0),
+         "frontier/settled": float(l0 != 0.5)}
+        for i, l0 in enumerate((3.0, 1.0, 0.5, 0.0), start=1)
+    ]  # fmt: skip
+    end = {"step": 4, "samples": 1024, "val/l0": 0.0, "val/fvu": 1.0, "val/ce": 9.0}
+    before = {"step": 3, "samples": 768, "val/l0": 5.0, "val/fvu": 0.1, "val/ce": 3.0}
+    pareto = drawing_of("frontier", Run("", config, [*held, end]))
+    assert [(line.name, line.x) for line in pareto.panels[0].lines] == [("held", [1, 3]), ("not settled", [0.5])]
+    assert pareto.panels[0].notes == ["1 not settled", note]
+    assert 0.4 < pareto.panels[0].x.low < 0.5
+    collapsed = drawing_of("frontier", Run("", config, [before, end]))
+    for picture in (pareto, overlay([collapsed], [""])):
+        draw_figure(picture)
+        assert not any(x <= 0 for panel in picture.panels for line in panel.lines for x in line.x)
+        assert picture.panels[1].missing == note  # not a cross-entropy that nobody measured
+    assert (collapsed.panels[0].missing, list(collapsed.panels[0].notes)) == (note, [])
+    both = overlay([collapsed, drawing_of("frontier", Run("", config, [before]))], ["a", "b"]).panels[0]
+    assert [(line.run, line.x) for line in both.lines] == [(1, [5.0])]
+    assert both.notes == ["1 of 2 runs have this"]
+
+
 def test_an_l0_of_zero_is_a_gap_and_said() -> None:
     def picture(name: str, *l0: float) -> Picture:
         rows = [{"step": i, "samples": i, "train/l0": v, "controller/strength": v} for i, v in enumerate(l0, 1)]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY
+from documented import documented
 
 import sparsepilot
 from sparsepilot.callbacks.checkpoint_io import is_whole, list_checkpoints
@@ -81,6 +82,34 @@ def test_every_model_trains_under_every_controller(
     deviation_D = (y_BD - y_mean_D).square().mean(0)
     whole = sum(float(part.sum()) * s.scale**2 for part, s in zip(deviation_D.split(16), stats, strict=True))
     assert error / whole == pytest.approx(metrics["val/fvu"], rel=1e-3)
+
+
+EVERY_KEY = {
+    "top": "{model: {multi_topk: 0.125}}",
+    "nested": "{controller: {targets: [8, 4]}}",
+    "gated": "{controller: {target: 0.5}}",
+    "jump": "{controller: {target_l0: 6}}",
+    "relu": "{model: {penalty: p}}",
+}
+"""Trainees that log all that planted data can, by what is their own beside the options below."""
+OPTIONS = (
+    *("+model@trainees.nested.model=matryoshka", "+controller@trainees.nested.controller=pareto"),
+    *("+model@trainees.gated.model=gated", "+controller@trainees.gated.controller=constrained"),
+    *("+model@trainees.jump.model=jumprelu_tanh", "+controller@trainees.jump.controller=l0_target"),
+    "+model@trainees.relu.model=relu",
+)
+
+
+@pytest.mark.filterwarnings("ignore:controller.target")  # nothing is met or held in so few steps
+def test_every_key_of_a_run_has_its_line_in_the_documentation(train_tiny, tmp_path: Path) -> None:
+    """And no line is about a key that no run has; those of a language model: tests/unit/lm/test_cross_entropy.py."""
+    summary = train_tiny(*OPTIONS, *(f"++trainees.{name}={own}" for name, own in EVERY_KEY.items()))
+    for file in ("metrics.jsonl", "timing.jsonl"):
+        logged = {key for row in read_rows(tmp_path / "run" / file) for key in row}
+        logged = {key.partition("/")[2] if key.partition("/")[0] in EVERY_KEY else key for key in logged}
+        of_language_model = {key for key in documented(file) if key.partition("/")[2].startswith(("ce", "kl"))}
+        assert logged == documented(file) - of_language_model
+    assert set(summary) == documented("summary.json")
 
 
 def test_a_cross_layer_transcoder_saves_no_weights_backwards(train_sites, tmp_path: Path) -> None:

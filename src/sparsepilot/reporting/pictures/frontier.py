@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from sparsepilot.reporting.figure import Line, Panel, Picture, axis
+from collections.abc import Sequence
+from typing import Literal
+
+from sparsepilot.reporting.build import not_drawn
+from sparsepilot.reporting.figure import Line, Panel, Picture, Role, axis
 from sparsepilot.reporting.runs import Run, finite
 
 PLACE = 6
+_LOOK: dict[str, tuple[Role, Literal["points", "joined_points"]]] = {
+    "held": ("measured", "joined_points"),
+    "not settled": ("unsettled", "points"),
+    "last validation": ("validation", "points"),
+}
 
 
 def draw(run: Run) -> Picture:
@@ -15,33 +24,33 @@ def draw(run: Run) -> Picture:
 
 
 def _panel(run: Run, quality: str, label: str) -> Panel:
-    held, unsettled = _points(run, quality, settled=True), _points(run, quality, settled=False)
-    lines = []
-    if held:
-        lines.append(Line("held", "measured", [p[0] for p in held], [p[1] for p in held], kind="joined_points"))
-    if unsettled:
-        x, y = [p[0] for p in unsettled], [p[1] for p in unsettled]
-        lines.append(Line("not settled", "unsettled", x, y, kind="points"))
     last = run.last_of("val/l0", f"val/{quality}")
-    if last:
-        lines.append(Line("last validation", "validation", [last[0]], [last[1]], kind="points"))
-    x = [v for one in lines for v in one.x]
-    y = [v for one in lines for v in one.y]
-    missing = None
-    if not lines:
-        missing = f"no val/{quality} in the rows: it comes with the first validation"
-    notes = [] if held or unsettled or missing else ["controller=pareto draws a frontier"]
-    if unsettled:
-        notes.append(f"{len(unsettled)} not settled")
+    measured = {
+        "held": _points(run, quality, settled=True),
+        "not settled": _points(run, quality, settled=False),
+        "last validation": [(last[0], last[1])] if last else [],
+    }
+    # L0 is 0 where a run has collapsed
+    shown = {name: [point for point in points if point[0] > 0] for name, points in measured.items()}
+    lines = [_line(name, points) for name, points in shown.items() if points]
+    left_out = [not_drawn("L0")] if shown != measured else []
+    notes = [] if measured["held"] or measured["not settled"] else ["controller=pareto draws a frontier"]
+    if shown["not settled"]:
+        notes.append(f"{len(shown['not settled'])} not settled")
     return Panel(
         "FVU" if quality == "fvu" else "Cross-entropy",
-        axis("L0 (active latents per row)", x, log=True, pad=0.08),
-        axis(label, y, pad=0.1),
+        axis("L0 (active latents per row)", [v for one in lines for v in one.x], log=True, pad=0.08),
+        axis(label, [v for one in lines for v in one.y], pad=0.1),
         lines,
-        notes=notes,
-        missing=missing,
-        optional=quality == "ce",
+        notes=[*notes, *left_out] if lines else (),
+        missing=None if lines else [*left_out, f"no val/{quality} in the rows: it comes with the first validation"][0],
+        optional=quality == "ce" and not left_out,
     )
+
+
+def _line(name: str, points: Sequence[tuple[float, float]]) -> Line:
+    role, kind = _LOOK[name]
+    return Line(name, role, [p[0] for p in points], [p[1] for p in points], kind=kind)
 
 
 def _points(run: Run, quality: str, settled: bool) -> list[tuple[float, float]]:
