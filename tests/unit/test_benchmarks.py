@@ -142,3 +142,20 @@ def test_trajectory_prints_how_a_run_kept_to_its_set_point(warm: Warm, tmp_path:
     below, pairs = map(int, re.findall(r"\d+", falls.rpartition(":")[2]))
     assert (below > 190, pairs) == (True, 200)
     assert settled == "within 5% for good from 0% of the budget on"
+
+
+def test_shrinkage_is_the_factor_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reconstructions that are right but for 4/5 of their size, beside what no factor mends."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from shrinkage import shrinkage
+
+    x_BD = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)) + 3
+    kept_D = torch.tensor([0.8] * 6 + [0.0] * 2)
+    sae = SimpleNamespace(
+        b_dec=torch.full((8,), 3.0), encode=lambda x: (x - 3) * kept_D, decode=lambda codes: codes + 3
+    )
+    found = shrinkage(sae, x_BD, x_BD.mean(0))  # type: ignore[arg-type]
+    assert found["factor"] == pytest.approx(1.25)
+    assert found["fvu_at_factor"] == pytest.approx(0.25, abs=0.01)
+    assert found["fvu"] == pytest.approx(0.25 + 0.75 * 0.04, abs=0.01)
+    assert found["l0"] == pytest.approx(3, abs=0.1)
