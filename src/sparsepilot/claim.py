@@ -34,6 +34,8 @@ class Claim:
     checkpoint: Path | None = None
     changes: list[Change] = field(default_factory=list)
     """allowed differences from the configuration that the run was begun with"""
+    trainees: list[str] = field(default_factory=list)
+    """of a run that goes on with several: their names as it has them, whose order places in its checkpoints hang on"""
     notes: list[str] = field(default_factory=list)
     """what the user should read"""
     writes: bool = True
@@ -92,7 +94,8 @@ def claim(run_dir: str, resume: str, config: dict[str, Any]) -> Claim:
         folder = newest
     if not folder.identity.exists():
         raise ConfigError(f"run_dir = {folder.path}: is one of several trainees of another run; set another run_dir")
-    found = Claim(folder, goes_on=True, changes=allowed_changes(read_config(folder), config))
+    was = read_config(folder)
+    found = Claim(folder, goes_on=True, changes=allowed_changes(was, config), trainees=list(was.get("trainees") or ()))
     found.lock()
     whole = newest_whole(folder.checkpoints, say=lambda text: found.notes.append(f"warning: {text}"))
     if whole is not None:
