@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from sparsepilot import faults, slurm
 from sparsepilot.callbacks.checkpoint_io import list_checkpoints, newest_whole
 from sparsepilot.config.resume import Change, allowed_changes
-from sparsepilot.errors import CheckpointError, ConfigError
+from sparsepilot.errors import CheckpointError, ConfigError, DataError
 from sparsepilot.parallel.agreement import from_first
 from sparsepilot.reporting.environment import environment
 from sparsepilot.run_folder import RunFolder, replacing, write_json
@@ -36,6 +36,8 @@ class Claim:
     """allowed differences from the configuration that the run was begun with"""
     trainees: list[str] = field(default_factory=list)
     """of a run that goes on with several: their names as it has them, whose order places in its checkpoints hang on"""
+    fingerprint: str | None = None
+    """of the rows that the run was begun with, where it goes on"""
     notes: list[str] = field(default_factory=list)
     """what the user should read"""
     writes: bool = True
@@ -63,6 +65,19 @@ class Claim:
             raise ConfigError(
                 f"run_dir = {self.folder.path}: another process has begun a run there in the meantime; the same line "
                 "again goes on with it"
+            )
+
+    def check_rows(self, fingerprint: str, path: Any) -> None:
+        """DataError unless the rows at `path` (None: made meanwhile) are those that the run was begun with.
+
+        To be asked before anything is written: a checkpoint asks again, too late for that, and may not be there yet.
+        """
+        if self.fingerprint is not None and fingerprint != self.fingerprint:
+            where = "data" if path is None else f"data.path = {path}"
+            raise DataError(
+                f"{where}: other rows than those that the run in {self.folder.path} was begun with (their fingerprint "
+                f"is {fingerprint[:8]} and was {self.fingerprint[:8]}); restore what it was, or begin anew with "
+                "resume=never"
             )
 
     def release(self) -> None:
@@ -95,7 +110,13 @@ def claim(run_dir: str, resume: str, config: dict[str, Any]) -> Claim:
     if not folder.identity.exists():
         raise ConfigError(f"run_dir = {folder.path}: is one of several trainees of another run; set another run_dir")
     was = read_config(folder)
-    found = Claim(folder, goes_on=True, changes=allowed_changes(was, config), trainees=list(was.get("trainees") or ()))
+    found = Claim(
+        folder,
+        goes_on=True,
+        changes=allowed_changes(was, config),
+        trainees=list(was.get("trainees") or ()),
+        fingerprint=read_object(folder.identity).get("cache_fingerprint"),
+    )
     found.lock()
     whole = newest_whole(folder.checkpoints, say=lambda text: found.notes.append(f"warning: {text}"))
     if whole is not None:
@@ -138,9 +159,9 @@ def record_start(
     """Writes config.yaml (keeping the one before, where it changed) and run.json, to which each start is added that
     `trains`: one of a finished run has nothing to do."""
     text = OmegaConf.to_yaml(OmegaConf.create(config))
-    if folder.identity.exists():
+    if folder.exists():
         identity = read_object(folder.identity)
-    else:
+    else:  # what a start has left that was killed before there was a configuration says nothing of this run
         identity = {
             "id": os.urandom(4).hex(),
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

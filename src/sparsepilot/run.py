@@ -77,6 +77,7 @@ def _train(cfg: DictConfig, console: Console | None) -> dict[str, Any]:
         # before a cache is built; a run that goes on has weights of its own
         origins = load_origins(cfg) if claimed.checkpoint is None else {}
         data = build_data(cfg, console)
+        claimed.check_rows(data.cache.fingerprint, cfg.data.get("path"))
         data.start_sample = claimed.samples
         module = build_module(cfg, data)
         begin_from_origins(origins, module, cfg, console)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,30 @@ def test_a_finished_run_started_again_changes_nothing(train_tiny, tmp_path: Path
     assert before == {
         p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "summary.json"
     }
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["finished", "before the first checkpoint"])
+def test_a_cache_of_other_rows_is_refused_before_anything_is_written(train_tiny, tmp_path: Path, saved: bool) -> None:
+    """A cache may lie elsewhere when a run goes on, if it is the same one."""
+    train_tiny()
+    if not saved:
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(SparsepilotError, match=rf"^data\.path = {tmp_path}/other: other rows than those that the run"):
+        train_tiny(f"data.path={tmp_path}/other", "data.build.seed=1")
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    assert train_tiny(f"data.path={tmp_path}/moved")["samples"] == 5120
+
+
+def test_a_start_that_was_killed_before_it_wrote_a_configuration_is_no_run(train_tiny, tmp_path: Path) -> None:
+    train_tiny("samples=1024")
+    left = tmp_path / "left"
+    left.mkdir()
+    (tmp_path / "run" / "run.json").rename(left / "run.json")
+    other = (f"run_dir={left}", f"data.path={tmp_path}/other", "data.build.seed=1")
+    train_tiny(*other, "samples=1024")
+    assert train_tiny(*other, "samples=2048")["samples"] == 2048
 
 
 def test_csv_rows_of_an_earlier_process_stay(train_tiny, tmp_path: Path) -> None:
