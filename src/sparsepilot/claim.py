@@ -18,7 +18,7 @@ from sparsepilot.config.resume import Change, allowed_changes
 from sparsepilot.errors import CheckpointError, ConfigError, DataError
 from sparsepilot.parallel.agreement import from_first
 from sparsepilot.reporting.environment import environment
-from sparsepilot.run_folder import RunFolder, replacing, write_json
+from sparsepilot.run_folder import RunFolder, check_folder, make_folder, replacing, write_json
 from sparsepilot.saved import read_config, read_object
 
 
@@ -27,6 +27,8 @@ class Claim:
     """A run folder that this process owns."""
 
     folder: RunFolder
+    resume: str = "auto"
+    """what was asked for"""
     goes_on: bool = False
     """whether a run lay there when it was claimed"""
     samples: int = 0
@@ -51,7 +53,7 @@ class Claim:
         """
         if self._lock is not None or not self.writes:
             return
-        self.folder.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder.path, "run_dir")
         self._lock = open(self.folder.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,9 +64,10 @@ class Claim:
             pass  # a filesystem without locks: as before there were any
         if not self.goes_on and self.folder.exists():  # building a cache takes hours, and locks nothing
             self.release()
+            again = "begins beside it" if self.resume == "never" else "goes on with it"
             raise ConfigError(
                 f"run_dir = {self.folder.path}: another process has begun a run there in the meantime; the same line "
-                "again goes on with it"
+                f"again {again}"
             )
 
     def check_rows(self, fingerprint: str, path: Any) -> None:
@@ -93,20 +96,25 @@ def claim(run_dir: str, resume: str, config: dict[str, Any]) -> Claim:
     Writes nothing but the lock, and that only where a run lies already.
 
     Raises:
-        ConfigError: when the configuration there is that of another run, or another process is at it.
+        ConfigError: when the configuration there is that of another run, or another process is at it; or when no folder
+            can be made.
         CheckpointError: when it has checkpoints and every one is damaged.
     """
     folder = RunFolder(run_dir)
     if not folder.exists():
-        return Claim(folder)
+        check_folder(folder.path, "run_dir")
+        return Claim(folder, resume=resume)
     if resume == "never":
-        newest, fresh, number = folder, RunFolder(f"{run_dir}-2"), 2
+        there, fresh = [], folder
         while fresh.exists():
-            number += 1
-            newest, fresh = fresh, RunFolder(f"{run_dir}-{number}")
-        if not _was_begun_by_this_job(newest):
-            return Claim(fresh, notes=[f"{folder.path} holds a run; starting a fresh one in {fresh.path}"])
-        folder = newest
+            there.append(fresh)
+            fresh = RunFolder(f"{run_dir}-{len(there) + 1}")
+        own = next((run for run in reversed(there) if _was_begun_by_this_job(run)), None)
+        if own is None:
+            check_folder(fresh.path, "run_dir")
+            note = f"{folder.path} holds a run; starting a fresh one in {fresh.path}"
+            return Claim(fresh, resume=resume, notes=[note])
+        folder = own
     if not folder.identity.exists():
         raise ConfigError(f"run_dir = {folder.path}: is one of several trainees of another run; set another run_dir")
     was = read_config(folder)
@@ -174,7 +182,8 @@ def record_start(
         before = folder.config.read_text(encoding="utf-8")
         if before == text:
             return
-        folder.older_config().write_text(before, encoding="utf-8")
+        with replacing(folder.older_config()) as file:
+            file.write(before)
     with replacing(folder.config) as file:
         file.write(text)
         faults.point("config-write")
