@@ -30,6 +30,7 @@ from sparsepilot.claim import Claim, claim_together, record_start, record_traine
 from sparsepilot.config.check import check
 from sparsepilot.config.instantiate import instantiate
 from sparsepilot.config.plain import plain_values
+from sparsepilot.config.sweeping import note_folder
 from sparsepilot.config.trainees import each_alone, put_in_order
 from sparsepilot.data.datamodule import RunData
 from sparsepilot.finishing import finish
@@ -68,6 +69,8 @@ def _train(cfg: DictConfig, console: Console | None) -> dict[str, Any]:
     claimed = claim_together(cfg.run_dir, cfg.resume.value, plain_values(cfg))
     folder = claimed.folder
     cfg.run_dir = str(folder.path)  # resume=never may have found a fresh one
+    if claimed.writes:
+        note_folder(cfg.run_dir)
     if claimed.trainees:
         put_in_order(cfg, claimed.trainees)
     for note in claimed.notes:
