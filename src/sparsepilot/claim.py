@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from sparsepilot import faults, slurm
 from sparsepilot.callbacks.checkpoint_io import list_checkpoints, newest_whole
 from sparsepilot.config.resume import Change, allowed_changes
-from sparsepilot.errors import CheckpointError, ConfigError
+from sparsepilot.errors import CheckpointError, ConfigError, DataError
 from sparsepilot.parallel.agreement import from_first
 from sparsepilot.reporting.environment import environment
-from sparsepilot.run_folder import RunFolder, replacing, write_json
+from sparsepilot.run_folder import RunFolder, check_folder, make_folder, replacing, write_json
 from sparsepilot.saved import read_config, read_object
 
 
@@ -27,6 +27,8 @@ class Claim:
     """A run folder that this process owns."""
 
     folder: RunFolder
+    resume: str = "auto"
+    """what was asked for"""
     goes_on: bool = False
     """whether a run lay there when it was claimed"""
     samples: int = 0
@@ -34,6 +36,10 @@ class Claim:
     checkpoint: Path | None = None
     changes: list[Change] = field(default_factory=list)
     """allowed differences from the configuration that the run was begun with"""
+    trainees: list[str] = field(default_factory=list)
+    """of a run that goes on with several: their names as it has them, whose order places in its checkpoints hang on"""
+    fingerprint: str | None = None
+    """of the rows that the run was begun with, where it goes on"""
     notes: list[str] = field(default_factory=list)
     """what the user should read"""
     writes: bool = True
@@ -47,7 +53,7 @@ class Claim:
         """
         if self._lock is not None or not self.writes:
             return
-        self.folder.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder.path, "run_dir")
         self._lock = open(self.folder.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,9 +64,23 @@ class Claim:
             pass  # a filesystem without locks: as before there were any
         if not self.goes_on and self.folder.exists():  # building a cache takes hours, and locks nothing
             self.release()
+            again = "begins beside it" if self.resume == "never" else "goes on with it"
             raise ConfigError(
                 f"run_dir = {self.folder.path}: another process has begun a run there in the meantime; the same line "
-                "again goes on with it"
+                f"again {again}"
+            )
+
+    def check_rows(self, fingerprint: str, path: Any) -> None:
+        """DataError unless the rows at `path` (None: made meanwhile) are those that the run was begun with.
+
+        To be asked before anything is written: a checkpoint asks again, too late for that, and may not be there yet.
+        """
+        if self.fingerprint is not None and fingerprint != self.fingerprint:
+            where = "data" if path is None else f"data.path = {path}"
+            raise DataError(
+                f"{where}: other rows than those that the run in {self.folder.path} was begun with (their fingerprint "
+                f"is {fingerprint[:8]} and was {self.fingerprint[:8]}); restore what it was, or begin anew with "
+                "resume=never"
             )
 
     def release(self) -> None:
@@ -76,23 +96,35 @@ def claim(run_dir: str, resume: str, config: dict[str, Any]) -> Claim:
     Writes nothing but the lock, and that only where a run lies already.
 
     Raises:
-        ConfigError: when the configuration there is that of another run, or another process is at it.
+        ConfigError: when the configuration there is that of another run, or another process is at it; or when no folder
+            can be made.
         CheckpointError: when it has checkpoints and every one is damaged.
     """
     folder = RunFolder(run_dir)
     if not folder.exists():
-        return Claim(folder)
+        check_folder(folder.path, "run_dir")
+        return Claim(folder, resume=resume)
     if resume == "never":
-        newest, fresh, number = folder, RunFolder(f"{run_dir}-2"), 2
+        there, fresh = [], folder
         while fresh.exists():
-            number += 1
-            newest, fresh = fresh, RunFolder(f"{run_dir}-{number}")
-        if not _was_begun_by_this_job(newest):
-            return Claim(fresh, notes=[f"{folder.path} holds a run; starting a fresh one in {fresh.path}"])
-        folder = newest
+            there.append(fresh)
+            fresh = RunFolder(f"{run_dir}-{len(there) + 1}")
+        own = next((run for run in reversed(there) if _was_begun_by_this_job(run)), None)
+        if own is None:
+            check_folder(fresh.path, "run_dir")
+            note = f"{folder.path} holds a run; starting a fresh one in {fresh.path}"
+            return Claim(fresh, resume=resume, notes=[note])
+        folder = own
     if not folder.identity.exists():
         raise ConfigError(f"run_dir = {folder.path}: is one of several trainees of another run; set another run_dir")
-    found = Claim(folder, goes_on=True, changes=allowed_changes(read_config(folder), config))
+    was = read_config(folder)
+    found = Claim(
+        folder,
+        goes_on=True,
+        changes=allowed_changes(was, config),
+        trainees=list(was.get("trainees") or ()),
+        fingerprint=read_object(folder.identity).get("cache_fingerprint"),
+    )
     found.lock()
     whole = newest_whole(folder.checkpoints, say=lambda text: found.notes.append(f"warning: {text}"))
     if whole is not None:
@@ -135,9 +167,9 @@ def record_start(
     """Writes config.yaml (keeping the one before, where it changed) and run.json, to which each start is added that
     `trains`: one of a finished run has nothing to do."""
     text = OmegaConf.to_yaml(OmegaConf.create(config))
-    if folder.identity.exists():
+    if folder.exists():
         identity = read_object(folder.identity)
-    else:
+    else:  # what a start has left that was killed before there was a configuration says nothing of this run
         identity = {
             "id": os.urandom(4).hex(),
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -150,7 +182,8 @@ def record_start(
         before = folder.config.read_text(encoding="utf-8")
         if before == text:
             return
-        folder.older_config().write_text(before, encoding="utf-8")
+        with replacing(folder.older_config()) as file:
+            file.write(before)
     with replacing(folder.config) as file:
         file.write(text)
         faults.point("config-write")

@@ -30,7 +30,8 @@ from sparsepilot.claim import Claim, claim_together, record_start, record_traine
 from sparsepilot.config.check import check
 from sparsepilot.config.instantiate import instantiate
 from sparsepilot.config.plain import plain_values
-from sparsepilot.config.trainees import each_alone
+from sparsepilot.config.sweeping import note_folder
+from sparsepilot.config.trainees import each_alone, put_in_order
 from sparsepilot.data.datamodule import RunData
 from sparsepilot.finishing import finish
 from sparsepilot.parallel import agreement, mesh
@@ -68,6 +69,10 @@ def _train(cfg: DictConfig, console: Console | None) -> dict[str, Any]:
     claimed = claim_together(cfg.run_dir, cfg.resume.value, plain_values(cfg))
     folder = claimed.folder
     cfg.run_dir = str(folder.path)  # resume=never may have found a fresh one
+    if claimed.writes:
+        note_folder(cfg.run_dir)
+    if claimed.trainees:
+        put_in_order(cfg, claimed.trainees)
     for note in claimed.notes:
         console.print(note, highlight=False)
     faults.point("resume-claimed")
@@ -75,6 +80,7 @@ def _train(cfg: DictConfig, console: Console | None) -> dict[str, Any]:
         # before a cache is built; a run that goes on has weights of its own
         origins = load_origins(cfg) if claimed.checkpoint is None else {}
         data = build_data(cfg, console)
+        claimed.check_rows(data.cache.fingerprint, cfg.data.get("path"))
         data.start_sample = claimed.samples
         module = build_module(cfg, data)
         begin_from_origins(origins, module, cfg, console)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -63,8 +64,23 @@ def make_folder(path: Path, field: str = "out") -> None:
         ConfigError: begun with `field`, where it cannot be made: a file is in its place or above it, or it is no place
             to write to.
     """
-    try:
+    with _refusing(path, field):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def check_folder(path: Path, field: str = "out") -> None:
+    """Raises what `make_folder` would, and makes nothing that stays."""
+    with _refusing(path, field):
+        place = path
+        while not (place.exists() or place.is_symlink()):
+            place = place.parent
+        os.rmdir(tempfile.mkdtemp(prefix=".sparsepilot-", dir=place))  # asked in words, /proc and root say yes
+
+
+@contextlib.contextmanager
+def _refusing(path: Path, field: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(f"{field} = {path}: no folder can be made there ({error.strerror}); name another") from error
 

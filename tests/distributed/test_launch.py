@@ -83,7 +83,7 @@ def test_what_becomes_of_ranks_and_of_the_process_that_started_them(warm: Warm, 
         (("model.d_sae=-3",), "error: model.d_sae = -3: should be greater than 0"),
         (("data=cache", "data.sites=[a]"), "error: cache/none: no activation cache here"),
         (("data.val_rows=1",), "error: cache: 1 validation rows for 2 ranks; each rank needs at least one"),
-        (("run_dir=a_file/run",), "error: cannot write a_file"),
+        (("run_dir=a_file/run",), "error: run_dir = a_file/run: no folder can be made there (Not a directory)"),
     ],
 )
 def test_an_error_is_said_once(warm: Warm, tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:

@@ -332,7 +332,8 @@ def test_a_dictionary_divided_over_two_nodes_survives_them(
 
 def test_an_error_of_all_tasks_is_said_once(slurm: Slurm) -> None:
     (slurm.folder / "a_file").touch()
-    words = ("model.k=0", f"run_dir={slurm.folder}/a_file/run")
+    place = slurm.folder / "a_file" / "run"
+    words = ("model.k=0", f"run_dir={place}")
     jobs = [slurm.train(word) for word in words]
     slurm.env["SPARSEPILOT_VENV"], before = "/nowhere", slurm.env["SPARSEPILOT_VENV"]
     homeless = slurm.train()
@@ -344,7 +345,7 @@ def test_an_error_of_all_tasks_is_said_once(slurm: Slurm) -> None:
         said.append([line for line in job.out.splitlines() if line.startswith("error:")])
     assert said == [
         ["error: model.k = 0: should be greater than 0"],
-        [f"error: cannot write {slurm.folder}/a_file/run: Not a directory; what was whole before still is"],
+        [f"error: run_dir = {place}: no folder can be made there (Not a directory); name another"],
     ]
     homeless.wait("FAILED")
     assert homeless.out == "error: /nowhere: no Python environment there; run `make setup`, or set SPARSEPILOT_VENV\n"

@@ -87,7 +87,7 @@ def one_run(cfg: DictConfig) -> Iterator[None]:
     try:
         record.begin(cfg)
         yield
-        record.done(cfg)
+        record.done()
     except SystemExit as leaving:
         if leaving.code in (0, None):
             record.left()

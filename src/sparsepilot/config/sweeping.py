@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from sparsepilot import launch, slurm
 from sparsepilot.ranks import is_first
-from sparsepilot.sweep_folder import Member, Place, SweepFolder, differing
+from sparsepilot.sweep_folder import Member, Place, SweepFolder, differing, place_here
 
 led: list[Place] = []
 """Members that this process has trained, or has had a cluster train."""
@@ -38,11 +38,10 @@ class Record:
             overrides = [str(word) for word in HydraConfig.get().overrides.task]
             self._sweep.write(Member(self.place.number, overrides, str(cfg.run_dir), "running"))
 
-    def done(self, cfg: DictConfig) -> None:
-        """It has ended well; `resume=never` may have found another folder for it."""
+    def done(self) -> None:
+        """It has ended well."""
         if self._notes:
-            member = self._sweep.member(self.place.number)
-            self._sweep.write(replace(member, run_dir=str(cfg.run_dir), status="done"))
+            self._sweep.mark(self.place.number, "done")
 
     def failed(self, line: str, knows: bool) -> bool:
         """It has ended with an error; where another process knows more of it (`knows` is false), that stays.
@@ -69,6 +68,17 @@ class Record:
                         f"the sweep ends here; the same line with hydra.sweep.dir={self._sweep.path} goes on",
                         flush=True,
                     )
+
+
+def note_folder(run_dir: str) -> None:
+    """Notes where the member that is trained here lies, once that is known: `resume=never` may find another folder than
+    the one asked for. To be called by the rank that writes; the process that has started it does not know."""
+    place = place_here()
+    if place is None:
+        return
+    sweep = SweepFolder(place.sweep)
+    with contextlib.suppress(FileNotFoundError):  # of a sweep that train.py has not started nobody keeps a record
+        sweep.write(replace(sweep.member(place.number), run_dir=run_dir))
 
 
 def conclude(led: Sequence[Place]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -49,6 +49,12 @@ def each_alone(cfg: DictConfig) -> dict[str, DictConfig]:
                 except OmegaConfBaseException as error:  # seed is typed
                     raise ConfigError(f"trainees.{name}.{field} = {value}: should be an integer") from error
     return alone
+
+
+def put_in_order(cfg: DictConfig, names: Sequence[str]) -> None:
+    """Gives the trainees of `cfg` the order of `names`, which are theirs: an optimizer's state is restored by place."""
+    own = cast(dict[str, Any], OmegaConf.to_container(cfg.trainees, resolve=False))
+    cfg.trainees = {name: own[name] for name in names}
 
 
 def laid_over(base: Any, own: Any) -> Any:

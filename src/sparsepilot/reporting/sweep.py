@@ -86,7 +86,7 @@ def read_sweep(sweep: SweepFolder) -> list[Row]:
 
 
 def _rows(sweep: SweepFolder, member: Member, words: Sequence[str]) -> Iterator[Row]:
-    own = RunFolder(sweep.path / str(member.number))  # where it lies now, should the sweep have been moved
+    own = RunFolder(sweep.path / Path(member.run_dir).name)  # where it lies now, should the sweep have been moved
     folder = own if own.exists() else RunFolder(member.run_dir)
     if not member.run_dir or not folder.exists():
         yield Row(member, words, None, 0)

@@ -152,6 +152,21 @@ def test_each_trainee_of_a_sweep_has_a_line(field: str) -> None:
     assert panel.notes == ["4 of 5 runs have this"]
 
 
+def test_a_member_lies_where_it_was_trained(train_tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several ranks the one that claims a folder tells; the process that has started them knows what was asked."""
+    sweep, asked = SweepFolder(tmp_path / "sweep"), tmp_path / "sweep" / "0"
+    place = Place(str(sweep.path), 0)
+    monkeypatch.setattr("sparsepilot.sweep_folder.told_place", [place])
+    for samples in (1024, 2048):
+        sweep.write(Member(0, ["resume=never"], str(asked), "running"))
+        train_tiny(f"run_dir={asked}", "resume=never", f"samples={samples}")
+    Record(place).done()
+    assert sweep.member(0) == Member(0, ["resume=never"], f"{asked}-2", "done")
+    (row,) = read_sweep(sweep)
+    assert row.run is not None
+    assert row.run.last("samples") == 2048
+
+
 def test_trainees_of_a_member_are_told_apart(tmp_path: Path) -> None:
     sweep = SweepFolder(tmp_path)
     write_member(sweep, 0, 0.1, "controller.target_l0=8")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from documented import documented
 
 import sparsepilot
 from sparsepilot.callbacks.checkpoint_io import is_whole, list_checkpoints
-from sparsepilot.claim import Claim, claim
+from sparsepilot.claim import Claim, claim, record_start
 from sparsepilot.config.plain import plain_values
 from sparsepilot.data.cache import Cache
 from sparsepilot.errors import ConfigError, SparsepilotError
@@ -222,6 +224,30 @@ def test_a_finished_run_started_again_changes_nothing(train_tiny, tmp_path: Path
     }
 
 
+@pytest.mark.parametrize("saved", [True, False], ids=["finished", "before the first checkpoint"])
+def test_a_cache_of_other_rows_is_refused_before_anything_is_written(train_tiny, tmp_path: Path, saved: bool) -> None:
+    """A cache may lie elsewhere when a run goes on, if it is the same one."""
+    train_tiny()
+    if not saved:
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(SparsepilotError, match=rf"^data\.path = {tmp_path}/other: other rows than those that the run"):
+        train_tiny(f"data.path={tmp_path}/other", "data.build.seed=1")
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    assert train_tiny(f"data.path={tmp_path}/moved")["samples"] == 5120
+
+
+def test_a_start_that_was_killed_before_it_wrote_a_configuration_is_no_run(train_tiny, tmp_path: Path) -> None:
+    train_tiny("samples=1024")
+    left = tmp_path / "left"
+    left.mkdir()
+    (tmp_path / "run" / "run.json").rename(left / "run.json")
+    other = (f"run_dir={left}", f"data.path={tmp_path}/other", "data.build.seed=1")
+    train_tiny(*other, "samples=1024")
+    assert train_tiny(*other, "samples=2048")["samples"] == 2048
+
+
 def test_csv_rows_of_an_earlier_process_stay(train_tiny, tmp_path: Path) -> None:
     train_tiny("logger=csv")
     train_tiny("logger=csv", "samples=7680")
@@ -262,6 +288,10 @@ def test_never_holds_for_a_job_and_not_for_each_of_its_starts(
 
     assert folder("7", "1") == "run-2"
     assert folder("7", "0") == folder("8", "1") == "run-3"
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    train_tiny("resume=never", "samples=1024")
+    assert (tmp_path / "run-3").is_dir()
+    assert folder("7", "2") == "run-2"  # whatever others have begun meanwhile
 
 
 def test_one_process_per_run_folder(train_tiny, compose_cfg, tmp_path: Path) -> None:
@@ -280,13 +310,43 @@ def test_one_process_per_run_folder(train_tiny, compose_cfg, tmp_path: Path) -> 
 
 def test_a_run_that_another_process_has_begun_meanwhile_is_left_alone(train_tiny, tmp_path: Path) -> None:
     """Both found a fresh folder; one was quick."""
-    slow = claim(str(tmp_path / "run"), "auto", {})
+    slow, beside = (claim(str(tmp_path / "run"), resume, {}) for resume in ("auto", "never"))
     train_tiny()
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    with pytest.raises(ConfigError, match="another process has begun a run there in the meantime"):
+    with pytest.raises(ConfigError, match="begun a run there in the meantime; the same line again goes on with it"):
         slow.lock()
+    with pytest.raises(ConfigError, match="begun a run there in the meantime; the same line again begins beside it"):
+        beside.lock()
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     train_tiny()
+
+
+@pytest.mark.parametrize("place", ["{file}", "{file}/below", "/proc/nothing/here"])
+def test_a_place_where_no_folder_can_be_is_refused_before_data_are_built(
+    train_tiny, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    run_dir = place.format(file=tmp_path / "file")
+    with pytest.raises(ConfigError, match=rf"^run_dir = {run_dir}: no folder can be made there \(.*\); name another$"):
+        train_tiny(f"run_dir={run_dir}")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_leaves_no_half_of_an_older_configuration(tmp_path: Path) -> None:
+    """No file may grow past the limit: the system refuses the write half-way, as it does on a full disk."""
+    folder = RunFolder(tmp_path)
+    record_start(folder, {"data": {}, "note": "x" * 100_000}, "rows", 0)
+    before = folder.config.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            record_start(folder, {"data": {}}, "rows", 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "run.json"}
+    record_start(folder, {"data": {}}, "rows", 0)
+    assert (tmp_path / "config-1.yaml").read_bytes() == before
 
 
 def test_a_checkpoint_that_cannot_be_removed_stays_and_the_run_goes_on(

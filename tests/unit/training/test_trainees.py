@@ -134,6 +134,21 @@ def test_a_finished_run_gives_each_to_whoever_asks(train_sites, tmp_path: Path, 
     assert {row["step"] for row in rows_of(run) if "wide/train/loss" in row} == set(range(1, 9))
 
 
+def test_their_order_on_the_command_line_may_change_on_resume(train_sites, tmp_path: Path) -> None:
+    """An optimizer's state is restored by place: of two dictionaries of one shape each keeps its own."""
+    own = {"fast": "fast: {optimizer: {lr: 1e-2}, seed: 1}", "slow": "slow: {optimizer: {lr: 1e-4}, seed: 2}"}
+    begun, turned = (f"trainees={{{own[a]}, {own[b]}}}" for a, b in (("fast", "slow"), ("slow", "fast")))
+    for folder, goes_on in (("same", begun), ("other", turned)):
+        train_sites(begun, f"run_dir={tmp_path}/{folder}")
+        train_sites(goes_on, f"run_dir={tmp_path}/{folder}", "samples=2048")
+    same, other = tmp_path / "same", tmp_path / "other"
+    assert (same / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    saved = [torch.load(list_checkpoints(folder / "checkpoints")[0][1], weights_only=True) for folder in (same, other)]
+    for part in ("state_dict", "optimizer_states"):
+        assert list(value_differences(part, saved[0][part], saved[1][part])) == []
+    assert list(OmegaConf.load(other / "config.yaml").trainees) == ["fast", "slow"]
+
+
 def test_a_trainee_s_folder_is_taken_for_a_run(train_sites, tmp_path: Path) -> None:
     from sparsepilot.analysis.evaluate import evaluate, open_subject
     from sparsepilot.reporting.publishing import publish
