@@ -207,7 +207,7 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 def _require_transformers() -> None:
     if importlib.util.find_spec("transformers") is None:
-        raise DataError("lm: the package 'transformers' is missing: pip install 'sparsepilot[lm]'")
+        raise DataError("lm: the package 'transformers' is missing: pip install -e '.[lm]'")
 
 
 @contextmanager

@@ -180,7 +180,7 @@ def _hf_dataset(
     if not name:
         raise ConfigError("text.name=null: name a dataset, such as text.name=roneneldan/TinyStories")
     if importlib.util.find_spec("datasets") is None:
-        raise DataError("text=hf_dataset: the package 'datasets' is missing: pip install 'sparsepilot[hub]'")
+        raise DataError("text=hf_dataset: the package 'datasets' is missing: pip install -e '.[hub]'")
     import datasets
 
     try:
