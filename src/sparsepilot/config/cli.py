@@ -218,7 +218,9 @@ def _omegaconf_line(error: OmegaConfBaseException) -> str:
         known = [str(name) for name in parent] if parent is not None else []
         return f"{_with_value(key)}: there is no such field; {nearest(unknown[1], known)}"
     if wrong := re.match(r"Value '(.*?)' (?:of type '.+' )?could not be converted to (\w+)", first):
-        return f"{key} = {wrong[1]!r}: should be {_ARTICLES.get(wrong[2], wrong[2])}"
+        whole = re.fullmatch(r"-?\d+\.0", wrong[1])  # 1e9 is a float to YAML
+        meant = f"; write {float(wrong[1]):.0f}" if whole else ""
+        return f"{key} = {wrong[1]!r}: should be {_ARTICLES.get(wrong[2], wrong[2])}{meant}"
     return f"{_with_value(key)}: {first}"
 
 

@@ -62,6 +62,23 @@ ROOT = Path(__file__).parents[3]
         ("+model.skips=true", "model.skips = True: there is no such field"),
         ("trainer.precision=16-mixed", "trainer.precision = '16-mixed': should be one of 32-true, bf16-mixed"),
         ("trainer.precision=64", "trainer.precision"),
+        ("model.d_sae=1e2", "model.d_sae = 100.0: should be a valid integer; write 100"),
+        ("data.window_mb=4.0", "data.window_mb = 4.0: should be a valid integer; write 4"),
+        ("data.num_streams=8.0", "data.num_streams = 8.0: should be a valid integer; write 8"),
+        ("trainer.devices=2.0", "trainer.devices = 2.0: should be a valid integer; write 2"),
+        ("optimizer.lr=fast", "optimizer.lr = 'fast': should be a valid number"),
+        ("optimizer.betas=[0.9,x]", "optimizer.betas = [0.9, 'x']: should be a valid number"),
+        ("logger.wandb=null", "logger.wandb = None: a mapping of its fields is needed; use logger=none"),
+        ("logger.wandb=false", "logger.wandb = False: a mapping of its fields is needed; use logger=none"),
+        ("+logger.x=3", "logger.x = 3: a mapping of its fields is needed; use logger=none"),
+        (
+            "callbacks.disturb=true",
+            "callbacks.disturb = True: a mapping of its fields is needed; null disturbs nothing",
+        ),
+        ("data.build=true", "data.build = True: a mapping of its fields is needed; null builds nothing"),
+        ("data.build._target_=null", "data.build._target_ = None: the dotted name of a class or a function is needed"),
+        ("+trainer.strategy={features:2}", "trainer.strategy = {'features': 2}"),
+        ("~schedule._target_", "schedule._target_ = None: the dotted name"),
     ],
 )
 def test_bad_values(compose_cfg, override: str, message: str) -> None:
@@ -195,6 +212,7 @@ def test_every_option_of_every_group_passes(compose_cfg, option: str) -> None:
     [
         ("model.kk=3", "error: model.kk = 3: there is no such field; did you mean 'k'?"),
         ("batch=abc", "error: batch = 'abc': should be an integer"),
+        ("samples=1e9", "error: samples = '1000000000.0': should be an integer; write 1000000000"),
         ("model=topkk", "error: model=topkk: there is no conf/model/topkk.yaml; did you mean 'topk'?"),
         ("resume=maybe", "error: resume = maybe: Invalid value 'maybe', expected one of [auto, never]"),
         ("data.sites=[a]", "error: cache/none: no activation cache here"),
