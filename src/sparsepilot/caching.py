@@ -28,8 +28,11 @@ from sparsepilot.lm.pack import Packed, pack_text
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether a finished cache lies at `path`."""
-    return (path / MANIFEST_FILE).is_file()
+    """Whether a finished cache lies at `path`. Raises ConfigError where nobody can look."""
+    try:
+        return (path / MANIFEST_FILE).is_file()
+    except OSError as error:
+        raise ConfigError(f"data.path = {path}: cannot be read: {error.strerror}; name another place") from error
 
 
 def array_rank(rank: int | None, world: int | None, environment: Mapping[str, str]) -> tuple[int, int]:

@@ -195,10 +195,12 @@ def one_line(error: BaseException) -> str | None:
         return re.sub(r"\s*\n\s*", "; ", str(error).strip())
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"cannot write {error.filename or 'a file'}: {error.strerror}; what was whole before still is"
+    if isinstance(error, PermissionError):  # to read it or to write it, it does not say
+        return f"no access to {error.filename or 'a file'}: {error.strerror}"
     return None
 
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOTDIR)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

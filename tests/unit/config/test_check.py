@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig
 from warm import Warm
 
+from sparsepilot.caching import check_recipe
 from sparsepilot.config.check import check, check_cache
+from sparsepilot.config.cli import one_line
 from sparsepilot.config.resume import allowed_changes
-from sparsepilot.errors import ConfigError
+from sparsepilot.data.cache import Cache
+from sparsepilot.errors import ConfigError, DataError
 from sparsepilot.ranks import own_cpus
 
 ROOT = Path(__file__).parents[3]
@@ -225,6 +229,19 @@ def test_the_command_line_prints_one_line(warm: Warm, tmp_path: Path, argument: 
     assert done.stderr.strip().splitlines()[-1].startswith(message)
     assert len(done.stderr.strip().splitlines()) == 1
     assert not any(tmp_path.iterdir())  # nothing was written, not even a run folder
+
+
+def test_what_cannot_be_read_is_not_said_to_be_written(compose_cfg) -> None:
+    from sparsepilot.config.plain import plain_values
+
+    refused = PermissionError(errno.EACCES, "Permission denied", "/theirs/cache/manifest.json")
+    assert one_line(refused) == "no access to /theirs/cache/manifest.json: Permission denied"
+    path = "x" * 300  # the system refuses to look, as it does below a folder without permission
+    plain = plain_values(compose_cfg("data=synthetic", f"data.path={path}"))
+    with pytest.raises(ConfigError, match=f"^data.path = {path}: cannot be read: File name too long"):
+        check_recipe(plain["data"], plain["lm"], plain["text"])
+    with pytest.raises(DataError, match=f"^{path}: cannot be read: File name too long"):
+        Cache(path)
 
 
 def test_resume_lists_what_may_change_and_refuses_the_rest(compose_cfg) -> None:
