@@ -245,6 +245,12 @@ def _write(
     pending = writer.pending()
     total = sum(len(rows) for rows in pending)
     done = 0
+    say_once = iter([f"waiting for another process that writes {writer.path}, too"])
+
+    def wait() -> None:
+        for text in say_once:
+            console.print(text, highlight=False)
+
     with _bar(console, "harvesting activations") as show:
 
         def counted(blocks: Iterator[Block]) -> Iterator[Block]:
@@ -254,7 +260,8 @@ def _write(
                 show(done, total)
                 yield block
 
-        for rows in pending:
+        for rows in writer.shares(wait):
+            done = sum(len(before) for before in pending if before.start < rows.start)
             blocks = harvest(
                 model,
                 packed,
