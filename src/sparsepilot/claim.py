@@ -150,7 +150,8 @@ def record_start(
         before = folder.config.read_text(encoding="utf-8")
         if before == text:
             return
-        folder.older_config().write_text(before, encoding="utf-8")
+        with replacing(folder.older_config()) as file:
+            file.write(before)
     with replacing(folder.config) as file:
         file.write(text)
         faults.point("config-write")
