@@ -28,8 +28,11 @@ from sparsepilot.lm.pack import Packed, pack_text
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether a finished cache lies at `path`."""
-    return (path / MANIFEST_FILE).is_file()
+    """Whether a finished cache lies at `path`. Raises ConfigError where nobody can look."""
+    try:
+        return (path / MANIFEST_FILE).is_file()
+    except OSError as error:
+        raise ConfigError(f"data.path = {path}: cannot be read: {error.strerror}; name another place") from error
 
 
 def array_rank(rank: int | None, world: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
@@ -242,6 +245,12 @@ def _write(
     pending = writer.pending()
     total = sum(len(rows) for rows in pending)
     done = 0
+    say_once = iter([f"waiting for another process that writes {writer.path}, too"])
+
+    def wait() -> None:
+        for text in say_once:
+            console.print(text, highlight=False)
+
     with _bar(console, "harvesting activations") as show:
 
         def counted(blocks: Iterator[Block]) -> Iterator[Block]:
@@ -251,7 +260,8 @@ def _write(
                 show(done, total)
                 yield block
 
-        for rows in pending:
+        for rows in writer.shares(wait):
+            done = sum(len(before) for before in pending if before.start < rows.start)
             blocks = harvest(
                 model,
                 packed,

@@ -174,7 +174,7 @@ def _watch(processes: Sequence[subprocess.Popen[str]]) -> Ended:
         return Ended(code, None, bool(asked))
     if -code in asked and slurm.belongs_back(-code):  # it came before they were able to listen
         slurm.requeue()
-        return Ended(0, None, True)
+        return Ended(0 if slurm.queued_again else 128 - code, None, True)  # as a process that trains alone
     name = signal.Signals(-code).name
     said = f"rank {rank} was ended by {name}; the same line again goes on from the last checkpoint"
     return Ended(128 - code, None if -code in asked else said, bool(asked))

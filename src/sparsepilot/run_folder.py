@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from sparsepilot.errors import ConfigError
+from sparsepilot.errors import ConfigError, cannot_write
 
 
 class RunFolder:
@@ -91,6 +91,9 @@ def replacing_path(path: Path) -> Iterator[Path]:
 
     `<name>.tmp` in the same folder is flushed to the device, renamed, and the folder flushed. On an exception the
     temporary file is removed and the old one stays.
+
+    Raises:
+        CheckpointError: naming `path`, where the disk is full or not writable.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -98,9 +101,12 @@ def replacing_path(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        # a write that fails names no file; another file, which is read meanwhile, is named
+        if isinstance(error, OSError) and str(error.filename or temporary) == str(temporary):
+            raise cannot_write(path, error) from error
         raise
     sync_folder(path.parent)
 

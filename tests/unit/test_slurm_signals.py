@@ -25,6 +25,13 @@ for number in sys.argv[1:]:
     os.kill(os.getpid(), getattr(signal, number))
 print("went on", slurm.asked_early)
 """
+LAUNCHER = """
+import os, signal, subprocess, sys, threading
+from sparsepilot import launch
+rank = subprocess.Popen(["sleep", "60"], text=True)  # does not listen yet
+threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
+sys.exit(launch._watch([rank]).code)
+"""
 
 
 MISTAKEN = """
@@ -100,6 +107,15 @@ def test_a_job_that_slurm_does_not_take_back_has_failed(tmp_path: Path) -> None:
     code, out, _ = job(tmp_path, "SIGUSR1", refuse="yes")
     assert code == 128 + 10
     assert "job 7 could not be put back into the queue: no" in out
+
+
+@pytest.mark.slow  # two processes each
+@pytest.mark.parametrize("refuse", ["", "yes"])
+def test_ranks_that_a_signal_ends_before_they_listen_end_as_one_process_does(tmp_path: Path, refuse: str) -> None:
+    code, out, asked = job(tmp_path, script=LAUNCHER, refuse=refuse)
+    assert code == (128 + 10 if refuse else 0)
+    assert asked[0] == "requeue 7"
+    assert out.startswith(BACK)
 
 
 @pytest.mark.slow  # a process

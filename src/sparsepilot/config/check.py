@@ -12,7 +12,7 @@ from sparsepilot.callbacks.disturb import disturbance
 from sparsepilot.config.instantiate import instantiate
 from sparsepilot.config.plain import plain_values
 from sparsepilot.config.shards import check_shards
-from sparsepilot.config.signature import check_fields, check_target, takes
+from sparsepilot.config.signature import check_fields, check_mapping, check_target, takes
 from sparsepilot.config.trainees import each_alone, naming
 from sparsepilot.errors import ConfigError
 from sparsepilot.lm import load as lm_load
@@ -24,6 +24,9 @@ from sparsepilot.wiring import STARTING, WIRING, check_sites, wire
 
 LIVE = ("lm", "text", "folder", "say")
 """What a data group is given that runs the language model itself (data=live)."""
+
+GROUPS = ("model", "controller", "optimizer", "schedule", "data", "lm", "text", "trainer")
+"""Those that cannot be left out."""
 
 BEST_BY = ("val/fvu", "val/loss", "val/mse", "val/ce")
 """Validation metrics of which less is better."""
@@ -43,6 +46,8 @@ def check(cfg: DictConfig) -> None:
 
 def _check_one(plain: dict[str, Any]) -> None:
     """Of a run with one trainee."""
+    for group in GROUPS:
+        check_mapping(group, plain[group])
     _check_numbers(plain)
     wiring = {k: v for k, v in plain["model"].items() if k in WIRING}
     check_fields("model", wiring, wire, given=("data",))
@@ -52,14 +57,18 @@ def _check_one(plain: dict[str, Any]) -> None:
     check_target("model", built, given=("blocks", "shard"))
     check_target("controller", plain["controller"])
     check_target("optimizer", plain["optimizer"], given=("params",))
+    if plain["optimizer"].get("lr") is not None and plain["optimizer"]["lr"] <= 0:
+        raise ConfigError(f"optimizer.lr = {plain['optimizer']['lr']}: a positive learning rate is needed")
     _try_optimizer(plain["optimizer"])
     check_target("schedule", plain["schedule"], given=("samples", "total_samples"))
     _check_data(plain)
     _check_trainer(plain["trainer"])
     _check_loggers(plain["logger"] or {})
     _check_controller(plain)
-    if plain["callbacks"]["disturb"] is not None:
-        check_fields("callbacks.disturb", plain["callbacks"]["disturb"], disturbance)
+    disturb = plain["callbacks"]["disturb"]
+    if disturb is not None:
+        check_mapping("callbacks.disturb", disturb, "null disturbs nothing")
+        check_fields("callbacks.disturb", disturb, disturbance)
     if plain["cross_entropy"] is not None:
         _check_cross_entropy(plain)
     check_shards(plain)
@@ -73,6 +82,7 @@ def check_cache(cfg: DictConfig) -> dict[str, Any]:
         ConfigError: one line that names the field, its value and what would be right.
     """
     plain = _complete(cfg)
+    check_mapping("data", plain["data"])
     _check_data(plain)
     if plain["data"].get("build") is None:
         raise ConfigError(
@@ -96,12 +106,13 @@ def _check_data(plain: dict[str, Any]) -> None:
     if takes(data, "lm"):
         _check_lm_and_text(plain)
     if build is not None:
+        check_mapping("data.build", build, "null builds nothing")
         if isinstance(data["path"], dict):
             raise ConfigError(
                 f"data.path = {data['path']}: data.build makes one cache; make each by itself with "
                 "scripts/cache_activations.py, then read them together with data=cache"
             )
-        from_lm = build["_target_"].endswith("build_from_lm")
+        from_lm = str(build.get("_target_")).endswith("build_from_lm")
         given = (
             ("path", "sites", "lm", "text", "seed", "rank", "world", "console")
             if from_lm
@@ -135,8 +146,6 @@ def _check_numbers(plain: dict[str, Any]) -> None:
         raise ConfigError(f"threads = {plain['threads']}: at least 1 is needed, or null for torch's own choice")
     if plain["clip_norm"] is not None and plain["clip_norm"] <= 0:
         raise ConfigError(f"clip_norm = {plain['clip_norm']}: a positive norm is needed, or null for no clipping")
-    if plain["optimizer"].get("lr") is not None and plain["optimizer"]["lr"] <= 0:
-        raise ConfigError(f"optimizer.lr = {plain['optimizer']['lr']}: a positive learning rate is needed")
     if plain["seed"] < 0:
         raise ConfigError(f"seed = {plain['seed']}: 0 or more is needed")
     callbacks = plain["callbacks"]
@@ -160,6 +169,7 @@ def _check_numbers(plain: dict[str, Any]) -> None:
 def _check_cross_entropy(plain: dict[str, Any]) -> None:
     """What can be said before there is a cache; `sparsepilot.cross_entropy` says the rest before training starts."""
     node, data, sites = plain["cross_entropy"], plain["data"], plain["model"].get("sites")
+    check_mapping("cross_entropy", node, "use cross_entropy=spliced, or cross_entropy=none")
     if "_target_" not in node:
         raise ConfigError("cross_entropy: has no _target_; use cross_entropy=spliced, or cross_entropy=none")
     check_target("cross_entropy", node, given=("data", "sites", "lm", "shared"))
@@ -305,7 +315,9 @@ def _check_controller(plain: dict[str, Any]) -> None:
 
 
 def _check_loggers(loggers: dict[str, Any]) -> None:
+    check_mapping("logger", loggers, "use logger=none, csv, tensorboard or wandb")
     for name, node in loggers.items():
+        check_mapping(f"logger.{name}", node, "use logger=none to have metrics.jsonl alone")
         if "_target_" in node:
             check_target(f"logger.{name}", node)
         elif name == "wandb":

@@ -195,10 +195,12 @@ def one_line(error: BaseException) -> str | None:
         return re.sub(r"\s*\n\s*", "; ", str(error).strip())
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"cannot write {error.filename or 'a file'}: {error.strerror}; what was whole before still is"
+    if isinstance(error, PermissionError):  # to read it or to write it, it does not say
+        return f"no access to {error.filename or 'a file'}: {error.strerror}"
     return None
 
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOTDIR)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -218,7 +220,9 @@ def _omegaconf_line(error: OmegaConfBaseException) -> str:
         known = [str(name) for name in parent] if parent is not None else []
         return f"{_with_value(key)}: there is no such field; {nearest(unknown[1], known)}"
     if wrong := re.match(r"Value '(.*?)' (?:of type '.+' )?could not be converted to (\w+)", first):
-        return f"{key} = {wrong[1]!r}: should be {_ARTICLES.get(wrong[2], wrong[2])}"
+        whole = re.fullmatch(r"-?\d+\.0", wrong[1])  # 1e9 is a float to YAML
+        meant = f"; write {float(wrong[1]):.0f}" if whole else ""
+        return f"{key} = {wrong[1]!r}: should be {_ARTICLES.get(wrong[2], wrong[2])}{meant}"
     return f"{_with_value(key)}: {first}"
 
 

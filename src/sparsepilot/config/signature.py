@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Collection, Mapping
@@ -20,11 +21,21 @@ def check_target(group: str, node: Mapping[str, Any], given: Collection[str] = (
 
     Raises ConfigError when the target cannot be imported, too.
     """
+    check_mapping(group, node)
+    name = node.get("_target_")
+    if not isinstance(name, str):
+        raise ConfigError(f"{group}._target_ = {name!r}: the dotted name of a class or a function is needed")
     try:
-        target = pkgutil.resolve_name(node["_target_"])
+        target = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{group}._target_ = {node['_target_']!r}: cannot be imported ({error})") from error
+        raise ConfigError(f"{group}._target_ = {name!r}: cannot be imported ({error})") from error
     check_fields(group, node, target, given)
+
+
+def check_mapping(group: str, node: Any, instead: str = "") -> None:
+    """Raises ConfigError where a group is no mapping of fields; `instead` says what else may be meant."""
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{group} = {node!r}: a mapping of its fields is needed{instead and '; ' + instead}")
 
 
 def takes(node: Mapping[str, Any], *names: str) -> list[str]:
@@ -44,6 +55,7 @@ def check_fields(group: str, node: Mapping[str, Any], target: Callable[..., Any]
     Raises:
         ConfigError: on the first field that is unknown, missing, of the wrong type or out of range.
     """
+    check_mapping(group, node)
     parameters = {name: p for name, p in inspect.signature(target).parameters.items() if name not in ("self", *given)}
     hints = _hints(target)
     shared = {name: hint for name, hint in _unpacked(parameters, hints).items() if name not in given}
@@ -90,15 +102,22 @@ def _check_value(name: str, value: Any, hint: Any) -> None:
             raise
         adapter = TypeAdapter(hint)
     try:
-        adapter.validate_python(value, strict=not _wants_float(value))
+        _validate(adapter, value)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"{name} = {value!r}: {_rule(first['msg'])}") from error
+        raise ConfigError(f"{name} = {value!r}: {_rule(adapter, value, error)}") from error
 
 
-def _wants_float(value: Any) -> bool:
-    # YAML 1.1 reads 1e-3 as text; OmegaConf turns such text into floats already, so numbers only widen: 1 -> 1.0
-    return isinstance(value, int | float | list) and not isinstance(value, bool)
+def _validate(adapter: TypeAdapter[Any], value: Any) -> None:
+    """Strictly, as the value is handed on as it is: 8.0 would pass for an integer, and be a float where it is used.
+
+    A list may stand for a tuple, which YAML does not have; numbers widen: 1 may stand for 1.0.
+    """
+    try:
+        adapter.validate_python(value, strict=True)
+    except ValidationError as error:
+        if not isinstance(value, list) or all(found["type"] != "tuple_type" for found in error.errors()):
+            raise
+        adapter.validate_python(tuple(value), strict=True)
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
@@ -109,6 +128,10 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
-def _rule(message: str) -> str:
+def _rule(adapter: TypeAdapter[Any], value: Any, error: ValidationError) -> str:
     """pydantic's sentence as the end of ours: 'Input should be greater than 0' -> 'should be greater than 0'."""
-    return message.removeprefix("Input ").removeprefix("Value error, ")
+    if isinstance(value, float) and value.is_integer():  # 16e3 is a float to YAML
+        with contextlib.suppress(ValidationError):
+            adapter.validate_python(int(value), strict=True)
+            return f"should be a valid integer; write {int(value)}"
+    return error.errors()[0]["msg"].removeprefix("Input ").removeprefix("Value error, ")

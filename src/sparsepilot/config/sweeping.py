@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from sparsepilot import launch, slurm
+from sparsepilot.errors import CheckpointError
 from sparsepilot.ranks import is_first
 from sparsepilot.sweep_folder import Member, Place, SweepFolder, differing, place_here
 
@@ -49,7 +50,7 @@ class Record:
         Returns:
             Whether this is news.
         """
-        with contextlib.suppress(OSError):  # of a full disk the user is told on the screen
+        with contextlib.suppress(OSError, CheckpointError):  # of a full disk the user is told on the screen
             if not knows and self._sweep.member(self.place.number).error is not None:
                 return False
             if knows or self._notes:
@@ -58,7 +59,7 @@ class Record:
 
     def left(self) -> None:
         """A signal has ended it, with everything saved."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, CheckpointError):
             if slurm.queued_again:
                 self._sweep.mark(self.place.number, "requeued")
             elif self._notes and self._sweep.member(self.place.number).status != "requeued":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsepilot.data import layout
 from sparsepilot.data.dtypes import STORED, as_numpy, dequantize, row_bytes
-from sparsepilot.data.files import read_json, sha256
+from sparsepilot.data.files import read_json, reading, sha256
 from sparsepilot.data.plan import CachePlan
 from sparsepilot.data.shards import ShardedArray
 from sparsepilot.data.statistics import Moments, SiteStats, site_stats
@@ -33,7 +33,12 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """DataError when the cache is missing, unfinished or of another format."""
+        """DataError when the cache is missing, unfinished, of another format or not to be read."""
+        with reading(path):
+            return cls._read(path)
+
+    @classmethod
+    def _read(cls, path: Path) -> Manifest:
         if not (path / layout.MANIFEST_FILE).is_file():
             if not (path / layout.PLAN_FILE).is_file():
                 raise DataError(f"{path}: no activation cache here; create one with scripts/cache_activations.py")
@@ -70,7 +75,11 @@ class Cache:
             self._known(site)
         self.widths = {site: plan.widths[site] for site in (plan.widths if sites is None else sites)}
         self._arrays: dict[str, ShardedArray] = {}
-        for name in layout.array_specs(plan):
+        with reading(self.path):
+            self._open_all()
+
+    def _open_all(self) -> None:
+        for name in layout.array_specs(self.manifest.plan):
             if name.split("/", 1)[-1] in {*self.widths, *layout.ROW_LABELS}:
                 self._open(name)
 

@@ -51,6 +51,15 @@ def remove_partials(path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the system refuses is a DataError about `path`: a folder without permission, a name that cannot be."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
 def canonical_json(value: Any) -> bytes:
     """The one text of a JSON value: sorted keys, no spaces; floats keep all their digits."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

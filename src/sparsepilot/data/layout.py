@@ -7,6 +7,7 @@
     tokens, position, document   [rows] int32
     planted/features         [num_features, d], synthetic caches only
 <cache>/done/<shard>.json    one marker per whole shard: checksums and sums, written after the shard's arrays
+                             (.<shard>.json.lock: of its writer, until the cache is sealed)
 <cache>/manifest.json        the seal (written last)
 """
 

@@ -144,13 +144,13 @@ def build(
     if (Path(path) / MANIFEST_FILE).is_file():
         return Cache(path)
     writer = CacheWriter(path, rank, world)
-    pending = writer.pending()
-    if pending and pending[0].start == 0:
-        # The truth is written by whoever writes the first shard, and before it: where that is whole, so is the truth.
-        write_planted_features(path, planted.features_FD)
-    num_own = sum(len(plan.shard_range(shard)) for shard in range(rank, plan.num_shards, world))
-    num_made = num_own - sum(map(len, pending))
-    for rows in pending:
+    own = [plan.shard_range(shard) for shard in range(rank, plan.num_shards, world)]
+    num_own = sum(map(len, own))
+    for rows in writer.shares():
+        if rows.start == 0:
+            # Whoever writes the first shard writes the truth, and before it: where that is whole, so is the truth.
+            write_planted_features(path, planted.features_FD)
+        num_made = sum(len(before) for before in own if before.start < rows.start)
         pieces = []
         for piece in itertools.chain(
             planted.rows(_TRAIN, rows.start, max(rows.start, min(rows.stop, num_rows))),

@@ -1,15 +1,18 @@
 """Writing a cache: plan it, write its shards from any number of processes, seal it.
 
 Nothing but whole shards is ever written, and a shard counts only once its marker lies in `done/`; so a writer that is
-killed, or meets a full disk, loses at most the shard that it was writing.
+killed, or meets a full disk, loses at most the shard that it was writing. A shard is written under a lock of its own,
+and only where it is not whole: two writers that were given the same one (a run that builds its cache, while an array of
+jobs still writes it) do not destroy each other's files, nor those of a cache that is sealed meanwhile.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from sparsepilot import faults
 from sparsepilot.data import layout
 from sparsepilot.data.cache import Cache
 from sparsepilot.data.dtypes import STORED, as_numpy, dequantize, quantize
-from sparsepilot.data.files import canonical_json, read_json, remove_partials, sha256, write_json
+from sparsepilot.data.files import canonical_json, one_at_a_time, read_json, remove_partials, sha256, write_json
 from sparsepilot.data.plan import CachePlan
 from sparsepilot.data.statistics import Moments, moments, no_moments, site_stats
 from sparsepilot.errors import DataError, nearest
@@ -91,11 +94,41 @@ class CacheWriter:
         self.rank = rank
         self.world = world
         self._group = layout.open_for_writing(self.path)
+        self._held: set[int] = set()
 
     def pending(self) -> list[range]:
         """The global row ranges, one per shard, that this rank still has to write."""
-        shards = range(self.rank, self.plan.num_shards, self.world)
-        return [self.plan.shard_range(shard) for shard in shards if _whole_marker(self.path, self.plan, shard) is None]
+        return [self.plan.shard_range(shard) for shard in self._own() if not self._is_whole(shard)]
+
+    def shares(self, wait: Callable[[], None] = lambda: None) -> Iterator[range]:
+        """Each of `pending()` in its turn, to be written before the next one is asked for.
+
+        Until then no other process writes it. One that another process is at just now is waited for, after a call of
+        `wait`, and passed over where it is whole then.
+        """
+        for shard in self._own():
+            with self._turn(shard, wait) as mine:
+                if mine:
+                    yield self.plan.shard_range(shard)
+
+    def _own(self) -> range:
+        return range(self.rank, self.plan.num_shards, self.world)
+
+    def _is_whole(self, shard: int) -> bool:
+        return _whole_marker(self.path, self.plan, shard) is not None
+
+    @contextlib.contextmanager
+    def _turn(self, shard: int, wait: Callable[[], None] = lambda: None) -> Iterator[bool]:
+        """Whether this shard is to be written; by nobody else then, until the end of the context."""
+        if shard in self._held or self._is_whole(shard):
+            yield shard in self._held
+            return
+        with one_at_a_time(layout.marker_file(self.path, shard), wait):
+            self._held.add(shard)
+            try:
+                yield not self._is_whole(shard)
+            finally:
+                self._held.discard(shard)
 
     def finish(self) -> Cache | None:
         """Seals the cache when every rank's shards are whole; None while only those of other ranks are missing."""
@@ -111,7 +144,7 @@ class CacheWriter:
 
         `rows` is one of `pending()`. Everything is checked before the first byte is written. DataError on a wrong
         range, site, width or dtype, on NaN or infinite values (site and row), and when the disk refuses the bytes
-        (shards that were whole stay whole).
+        (shards that were whole stay whole). Where another process has written it meanwhile, that stays.
         """
         shard = self._shard_of(rows)
         arrays, stats = self._encode(rows, x)
@@ -119,9 +152,11 @@ class CacheWriter:
         for name, values in labels.items():
             arrays[name] = _label(name, values, len(rows))
         try:
-            self._store(shard, rows, arrays, stats)
+            with self._turn(shard) as mine:
+                if mine:
+                    self._store(shard, rows, arrays, stats)
         except OSError as error:
-            whole = sum(_whole_marker(self.path, self.plan, s) is not None for s in range(self.plan.num_shards))
+            whole = sum(map(self._is_whole, range(self.plan.num_shards)))
             raise DataError(
                 f"{self.path}: cannot write shard {shard} (rows {rows.start} to {rows.stop - 1}): "
                 f"{error.strerror or error}; {whole} of {self.plan.num_shards} shards are whole and stay: "
@@ -293,6 +328,8 @@ def seal(path: str | Path) -> Cache:
             },
         },
     )
+    for lock in (path / layout.DONE_FOLDER).glob(".*.lock"):  # whoever holds one finds its shard whole
+        lock.unlink(missing_ok=True)
     return Cache(path)
 
 

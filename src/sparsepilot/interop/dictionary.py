@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsepilot.errors import CheckpointError
-from sparsepilot.interop.files import read_json, read_safetensors
+from sparsepilot.interop.files import read_json, read_notes, read_safetensors, write_safetensors
 from sparsepilot.run_folder import replacing_path, write_json
 
 FORMAT = 2
 TENSORS = "sae.safetensors"
 CONFIG = "sae.json"
+SAMPLES = "samples"
+"""Field of sae.json that the file of tensors notes, too."""
 OWN_TENSORS: dict[str, tuple[str, ...]] = {
     "topk": (),
     "batchtopk": ("threshold",),
@@ -98,9 +99,16 @@ class Dictionary(nn.Module):
 
 
 def save(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Writes a dictionary for raw activations (`interop.fold`), all or nothing."""
+    """Writes a dictionary for raw activations (`interop.fold`): two files, each all or nothing.
+
+    A kill between the two leaves the new tensors beside the old sae.json, where there was one; `load` refuses them by
+    the samples that both note.
+
+    Raises:
+        CheckpointError: when the disk is full or not writable.
+    """
     with replacing_path(folder / TENSORS) as temporary:
-        save_file(tensors, temporary)
+        write_safetensors(temporary, tensors, {SAMPLES: str(cfg[SAMPLES])} if SAMPLES in cfg else None)
     write_json(folder / CONFIG, {"format": FORMAT, **cfg})
 
 
@@ -108,7 +116,8 @@ def load(folder: Path) -> Dictionary:
     """Loads what `save` wrote; `interop.load` also knows other formats.
 
     Raises:
-        CheckpointError: when a file is missing, damaged, of an unknown format or has tensors of the wrong shape.
+        CheckpointError: when a file is missing, damaged, of an unknown format or has tensors of the wrong shape, or the
+            two are of different states of a run.
     """
     for name in (CONFIG, TENSORS):
         if not (folder / name).is_file():
@@ -117,6 +126,12 @@ def load(folder: Path) -> Dictionary:
     if cfg.get("format") not in (1, FORMAT):
         raise CheckpointError(
             f"{folder / CONFIG}: format {cfg.get('format')!r} is not known; this version reads 1 and {FORMAT}"
+        )
+    noted = read_notes(folder / TENSORS).get(SAMPLES)
+    if noted is not None and noted != str(cfg.get(SAMPLES)):
+        raise CheckpointError(
+            f"{folder}: {TENSORS} is of {noted} samples and {CONFIG} of {cfg.get(SAMPLES)}, as after a kill between "
+            "the two; the run's line again writes both"
         )
     if cfg["format"] == 1:  # TopK autoencoders only
         cfg = {**cfg, "blocks": "autoencoder", "d_out": cfg.get("d_in"), "sites_out": cfg.get("sites")}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsepilot.errors import CheckpointError, ConfigError
@@ -45,6 +46,30 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path}: is damaged ({_line(error)})") from error
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """What `write_safetensors` was given as notes; empty where there are none.
+
+    Raises:
+        CheckpointError: as `read_safetensors`.
+    """
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: is damaged ({_line(error)})") from error
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], notes: dict[str, str] | None = None) -> None:
+    """Writes tensors, with `notes` beside them. Raises OSError where the disk is full, as any other file does."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, notes)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:

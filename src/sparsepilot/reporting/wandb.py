@@ -210,7 +210,10 @@ class WandbCopy:
     def close(self) -> None:
         """Waits until everything is sent."""
         if self._live is not None:
-            self._live.close()
+            try:
+                self._live.close()
+            except Exception as error:  # it would take the place of whatever ends the run just now
+                self._warn(error)
 
     def finish(self) -> None:
         """Makes the offline run, where that is the mode."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig
 from warm import Warm
 
+from sparsepilot.caching import check_recipe
 from sparsepilot.config.check import check, check_cache
+from sparsepilot.config.cli import one_line
 from sparsepilot.config.resume import allowed_changes
-from sparsepilot.errors import ConfigError
+from sparsepilot.data.cache import Cache
+from sparsepilot.errors import ConfigError, DataError
 from sparsepilot.ranks import own_cpus
 
 ROOT = Path(__file__).parents[3]
@@ -62,6 +66,23 @@ ROOT = Path(__file__).parents[3]
         ("+model.skips=true", "model.skips = True: there is no such field"),
         ("trainer.precision=16-mixed", "trainer.precision = '16-mixed': should be one of 32-true, bf16-mixed"),
         ("trainer.precision=64", "trainer.precision"),
+        ("model.d_sae=1e2", "model.d_sae = 100.0: should be a valid integer; write 100"),
+        ("data.window_mb=4.0", "data.window_mb = 4.0: should be a valid integer; write 4"),
+        ("data.num_streams=8.0", "data.num_streams = 8.0: should be a valid integer; write 8"),
+        ("trainer.devices=2.0", "trainer.devices = 2.0: should be a valid integer; write 2"),
+        ("optimizer.lr=fast", "optimizer.lr = 'fast': should be a valid number"),
+        ("optimizer.betas=[0.9,x]", "optimizer.betas = [0.9, 'x']: should be a valid number"),
+        ("logger.wandb=null", "logger.wandb = None: a mapping of its fields is needed; use logger=none"),
+        ("logger.wandb=false", "logger.wandb = False: a mapping of its fields is needed; use logger=none"),
+        ("+logger.x=3", "logger.x = 3: a mapping of its fields is needed; use logger=none"),
+        (
+            "callbacks.disturb=true",
+            "callbacks.disturb = True: a mapping of its fields is needed; null disturbs nothing",
+        ),
+        ("data.build=true", "data.build = True: a mapping of its fields is needed; null builds nothing"),
+        ("data.build._target_=null", "data.build._target_ = None: the dotted name of a class or a function is needed"),
+        ("+trainer.strategy={features:2}", "trainer.strategy = {'features': 2}"),
+        ("~schedule._target_", "schedule._target_ = None: the dotted name"),
     ],
 )
 def test_bad_values(compose_cfg, override: str, message: str) -> None:
@@ -195,6 +216,7 @@ def test_every_option_of_every_group_passes(compose_cfg, option: str) -> None:
     [
         ("model.kk=3", "error: model.kk = 3: there is no such field; did you mean 'k'?"),
         ("batch=abc", "error: batch = 'abc': should be an integer"),
+        ("samples=1e9", "error: samples = '1000000000.0': should be an integer; write 1000000000"),
         ("model=topkk", "error: model=topkk: there is no conf/model/topkk.yaml; did you mean 'topk'?"),
         ("resume=maybe", "error: resume = maybe: Invalid value 'maybe', expected one of [auto, never]"),
         ("data.sites=[a]", "error: cache/none: no activation cache here"),
@@ -207,6 +229,19 @@ def test_the_command_line_prints_one_line(warm: Warm, tmp_path: Path, argument: 
     assert done.stderr.strip().splitlines()[-1].startswith(message)
     assert len(done.stderr.strip().splitlines()) == 1
     assert not any(tmp_path.iterdir())  # nothing was written, not even a run folder
+
+
+def test_what_cannot_be_read_is_not_said_to_be_written(compose_cfg) -> None:
+    from sparsepilot.config.plain import plain_values
+
+    refused = PermissionError(errno.EACCES, "Permission denied", "/theirs/cache/manifest.json")
+    assert one_line(refused) == "no access to /theirs/cache/manifest.json: Permission denied"
+    path = "x" * 300  # the system refuses to look, as it does below a folder without permission
+    plain = plain_values(compose_cfg("data=synthetic", f"data.path={path}"))
+    with pytest.raises(ConfigError, match=f"^data.path = {path}: cannot be read: File name too long"):
+        check_recipe(plain["data"], plain["lm"], plain["text"])
+    with pytest.raises(DataError, match=f"^{path}: cannot be read: File name too long"):
+        Cache(path)
 
 
 def test_resume_lists_what_may_change_and_refuses_the_rest(compose_cfg) -> None:

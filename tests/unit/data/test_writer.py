@@ -123,6 +123,47 @@ def test_left_over_files_of_a_dead_writer_do_not_leak_into_a_shard(tmp_path: Pat
     assert content(path) == content(unbroken)
 
 
+def test_two_that_write_one_shard_leave_each_others_files_alone(
+    tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one stands before a rename, its bytes under a temporary name, when the second one comes there."""
+    path = tmp_path / "c"
+    create(path, tiny_cache.plan())
+    first, second, late = CacheWriter(path), CacheWriter(path), CacheWriter(path)
+    stale = late.pending()
+    begun, waits, go_on = threading.Event(), threading.Event(), threading.Event()
+
+    def pause(name: str) -> None:
+        begun.set()
+        assert go_on.wait(30)
+
+    wrote: list[int] = []
+
+    def write_all(writer: CacheWriter) -> None:
+        for rows in writer.shares(waits.set):
+            tiny_cache.write_one(writer, rows)
+            wrote.append(rows.start)
+
+    monkeypatch.setattr("sparsepilot.faults.point", pause)
+    threads = [threading.Thread(target=write_all, args=(writer,)) for writer in (first, second)]
+    threads[0].start()
+    assert begun.wait(30)
+    (partial,) = path.rglob("*.partial")
+    threads[1].start()
+    assert waits.wait(30)
+    assert partial.exists()
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(wrote) == list(range(0, 830, 128))  # none of them twice
+    assert second.finish() is not None
+    assert content(path) == content(unbroken)
+    files = {file: file.stat().st_ino for file in path.rglob("*")}
+    tiny_cache.write_one(late, stale[0])  # it had looked before the others wrote and sealed
+    assert list(late.shares()) == []
+    assert {file: file.stat().st_ino for file in path.rglob("*")} == files
+
+
 def test_only_the_shards_of_other_writers_are_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "c"
     tiny_cache.write(path, tiny_cache.plan(), rank=1, world=2)

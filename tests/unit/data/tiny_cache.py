@@ -42,9 +42,14 @@ def write(
     for count, rows in enumerate(writer.pending()):
         if count == full_after:
             resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))  # less than one array's shard
-        x = {site: rows_of(site, rows, width).to(batch_dtype(wanted.dtype)) for site, width in wanted.widths.items()}
-        numbers = np.arange(rows.start, rows.stop)
-        writer.write_shard(rows, x, numbers % num_tokens, numbers % 16, numbers // 16)
+        write_one(writer, rows, num_tokens)
+
+
+def write_one(writer: CacheWriter, rows: range, num_tokens: int = 50) -> None:
+    plan = writer.plan
+    x = {site: rows_of(site, rows, width).to(batch_dtype(plan.dtype)) for site, width in plan.widths.items()}
+    numbers = np.arange(rows.start, rows.stop)
+    writer.write_shard(rows, x, numbers % num_tokens, numbers % 16, numbers // 16)
 
 
 def sealed(path: Path, dtype: str = "bfloat16", num_tokens: int = 50, **kwargs: object) -> Cache:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from sparsepilot.autoencoders.base import Autoencoder
 from sparsepilot.errors import CheckpointError
 from sparsepilot.interop import dictionary
 from sparsepilot.interop.fold import fold
+from sparsepilot.run_folder import write_json
 
 
 def scales_of(widths: tuple[int, ...], first: float) -> Tensor:
@@ -25,11 +27,11 @@ def scales_of(widths: tuple[int, ...], first: float) -> Tensor:
     return torch.cat([torch.full((width,), first * 7.0**i) for i, width in enumerate(widths)])
 
 
-def save(folder: Path, model: Autoencoder, strength: float) -> tuple[Tensor, Tensor]:
+def save(folder: Path, model: Autoencoder, strength: float, **more: int) -> tuple[Tensor, Tensor]:
     """Saves as the end of a run does; returns the scales of inputs and targets."""
     scale_in_D = scales_of(model.blocks.read_widths, 0.037)
     scale_out_D = scale_in_D if model.blocks.same else scales_of(model.blocks.write_widths, 0.4)
-    cfg = {**model.inference_config(strength), "sites": ["a"], "sites_out": ["b"]}
+    cfg = {**model.inference_config(strength), "sites": ["a"], "sites_out": ["b"], **more}
     dictionary.save(folder, cfg, fold(cfg, model.inference_tensors(), scale_in_D, scale_out_D))
     return scale_in_D, scale_out_D
 
@@ -117,3 +119,30 @@ def test_what_is_damaged_is_refused(saved: Autoencoder, tmp_path: Path) -> None:
     config.unlink()
     with pytest.raises(CheckpointError, match=r"holds no sae.json"):
         sparsepilot.load(tmp_path)
+
+
+def test_tensors_beside_the_json_of_an_earlier_end_are_refused(tmp_path: Path) -> None:
+    """A finished run is extended, and killed between the two files."""
+    model = make("topk", "autoencoder")
+    save(tmp_path, model, 4, samples=100)
+    before = (tmp_path / "sae.json").read_text()
+    save(tmp_path, model, 4, samples=200)
+    assert sparsepilot.load(tmp_path).cfg["samples"] == 200
+    (tmp_path / "sae.json").write_text(before)
+    with pytest.raises(CheckpointError, match="sae.safetensors is of 200 samples and sae.json of 100, as after a kill"):
+        sparsepilot.load(tmp_path)
+
+
+def test_a_disk_that_fills_at_the_end_is_one_line_that_names_the_file(saved: Autoencoder, tmp_path: Path) -> None:
+    """The file-size limit of the process stands for the disk."""
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"^cannot write \S+/sae.safetensors: the disk is full"):
+            save(tmp_path, saved, 4)
+        with pytest.raises(CheckpointError, match=r"^cannot write \S+/sae.json: the disk is full"):
+            write_json(tmp_path / "sae.json", list(range(1000)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

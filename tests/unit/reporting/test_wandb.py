@@ -128,6 +128,21 @@ def test_an_online_run_gets_what_checkpoints_cover_and_nothing_twice(tmp_path: P
     assert [server[step]["attempt"] for step in sorted(server)] == [1] * 5 + [2] * 5
 
 
+def test_an_online_run_that_does_not_close_is_a_warning(tmp_path: Path, monkeypatch) -> None:
+    """`close` stands where a run ends, after a stop that was saved too: an error there would be the run's own."""
+
+    def fail() -> None:
+        raise ConnectionError("the server is gone")
+
+    said: list[str] = []
+    run = SimpleNamespace(summary={}, step=0, finish=fail)
+    monkeypatch.setattr(ours, "begin", lambda *args: run)
+    copy = ours.WandbCopy(RunFolder(tmp_path), {"mode": "online"}, said.append)
+    copy.begin()
+    copy.close()
+    assert [line.partition(";")[0] for line in said] == ["warning: W&B: the server is gone"]
+
+
 def test_mode(monkeypatch, tmp_path: Path) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsepilot.errors import CheckpointError, ConfigError
 from sparsepilot.interop.dictionary import Dictionary, build
-from sparsepilot.interop.files import read_safetensors
+from sparsepilot.interop.files import read_safetensors, write_safetensors
 from sparsepilot.interop.formats.refuse import Holds, Names, Written, check_held, places_of, sites_of
 from sparsepilot.interop.names import Place, model_of, place_of
 from sparsepilot.run_folder import write_json
@@ -87,8 +86,8 @@ def write(sae: Dictionary, folder: Path, names: Names) -> Written:
         if "threshold" in tensors:
             encoder[f"threshold_{i}"] = tensors["threshold"][own]
         decoder = tensors["W_dec"][own, i * width :].reshape(per_layer, layers - i, width)
-        _save(encoder, folder / f"W_enc_{i}.safetensors")
-        _save({f"W_dec_{i}": decoder}, folder / f"W_dec_{i}.safetensors")
+        write_safetensors(folder / f"W_enc_{i}.safetensors", encoder)
+        write_safetensors(folder / f"W_dec_{i}.safetensors", {f"W_dec_{i}": decoder})
     _write_config(folder, "cross_layer_transcoder", cfg, hook_in, hook_out)
     how = "from circuit_tracer.transcoder.cross_layer_transcoder import load_clt\n"
     how += f'clt = load_clt("{{folder}}", "{hook_in}", "{hook_out}", lazy_decoder=False, dtype=torch.float32)'
@@ -125,7 +124,7 @@ def write_set(saes: list[Dictionary], folder: Path, names: Names) -> Written:
         tensors["W_enc"] = tensors["W_enc"].T
         if "threshold" in tensors:
             tensors[_THRESHOLD] = tensors.pop("threshold")
-        _save(tensors, folder / f"layer_{layer}.safetensors")
+        write_safetensors(folder / f"layer_{layer}.safetensors", tensors)
     (hook_in, hook_out) = hooks.pop()
     _write_config(folder, "transcoder_set", saes[0].cfg, hook_in, hook_out)
     paths = ", ".join(f'"{{folder}}/layer_{i}.safetensors"' for i in sorted(layers))
@@ -177,10 +176,6 @@ def _note(layers: list[int]) -> tuple[str, ...]:
     if layers == list(range(len(layers))):
         return ()
     return (f"the tool wants every layer of the model from 0 on; these are {', '.join(map(str, layers))}",)
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def _write_config(folder: Path, kind: str, cfg: dict[str, Any], hook_in: str, hook_out: str) -> None:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsepilot.errors import CheckpointError, ConfigError
 from sparsepilot.interop.dictionary import Dictionary, build
-from sparsepilot.interop.files import read_json, read_safetensors
+from sparsepilot.interop.files import read_json, read_safetensors, write_safetensors
 from sparsepilot.interop.fold import reading_less, rescaled
 from sparsepilot.interop.formats.refuse import (
     Holds,
@@ -89,7 +88,7 @@ def write(sae: Dictionary, folder: Path, names: Names) -> Written:
     sizes = {"d_in": cfg["d_in"], "d_sae": cfg["d_sae"]} | ({} if same else {"d_out": cfg["d_out"]})
     if architecture == "topk":
         sizes |= {"k": cfg["k"], "rescale_acts_by_decoder_norm": False}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
+    write_safetensors(folder / TENSORS, tensors)
     write_json(
         folder / CONFIG,
         {

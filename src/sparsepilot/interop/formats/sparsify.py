@@ -10,11 +10,10 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from sparsepilot.errors import CheckpointError, ConfigError
 from sparsepilot.interop.dictionary import Dictionary, build
-from sparsepilot.interop.files import read_json, read_safetensors
+from sparsepilot.interop.files import read_json, read_safetensors, write_safetensors
 from sparsepilot.interop.formats.refuse import Holds, Names, Written, check_held, positive, sites_of
 from sparsepilot.run_folder import write_json
 
@@ -59,7 +58,7 @@ def write(sae: Dictionary, folder: Path, names: Names) -> Written:
     inside.mkdir()
     norms_F = tensors["W_dec"].norm(dim=1)
     tensors["W_enc"] = tensors["W_enc"].T
-    save_file({_NAMES.get(name, name): t.contiguous() for name, t in tensors.items()}, inside / TENSORS)
+    write_safetensors(inside / TENSORS, {_NAMES.get(name, name): tensor for name, tensor in tensors.items()})
     write_json(
         inside / CONFIG,
         {
