@@ -57,7 +57,7 @@ def test_unknown_and_incomplete_sources() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="datasets is installed")
 def test_a_dataset_without_the_library_names_the_command() -> None:
-    with pytest.raises(DataError, match=r"pip install 'sparsepilot\[hub\]'"):
+    with pytest.raises(DataError, match=r"pip install -e '.\[hub\]'"):
         list(documents("hf_dataset", name="x/y"))
 
 

@@ -18,7 +18,7 @@ from sparsepilot.callbacks.checkpoint_io import is_whole, list_checkpoints
 from sparsepilot.claim import Claim, claim, record_start
 from sparsepilot.config.plain import plain_values
 from sparsepilot.data.cache import Cache
-from sparsepilot.errors import ConfigError, SparsepilotError
+from sparsepilot.errors import CheckpointError, ConfigError, SparsepilotError
 from sparsepilot.interop.dictionary import OWN_TENSORS
 from sparsepilot.reporting.runs import read_runs
 from sparsepilot.rows import read_rows
@@ -340,7 +340,7 @@ def test_a_full_disk_leaves_no_half_of_an_older_configuration(tmp_path: Path) ->
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(CheckpointError, match="config-1.yaml: the disk is full"):
             record_start(folder, {"data": {}}, "rows", 0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
