@@ -67,9 +67,11 @@ def adopt(ranks: Ranks) -> None:
         env["MASTER_ADDR"] = _first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
     if "MASTER_PORT" not in env:  # each step of each job its own, the same for all of its tasks
         job, step = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_STEP_ID", 0))
-        env["MASTER_PORT"] = str(15_000 + (job * 7 + step) % 15_000)
+        env["MASTER_PORT"] = str(JOB_PORTS[(job * 7 + step) % len(JOB_PORTS)])
 
 
+JOB_PORTS = range(12_000, 20_000)
+"""Where the ranks of a Slurm job meet, apart from:"""
 PORTS = range(20_000, 32_768)
 """Where ranks meet that one machine has started: below what Linux deals out by itself, so that no connection or server
 which begins between the choice of a port and rank 0's first use of it has been given the same one."""

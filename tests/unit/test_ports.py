@@ -24,3 +24,4 @@ def test_a_port_that_is_taken_is_passed_over(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.skipif(not DEALT_OUT.exists(), reason="Linux's own range of ports")
 def test_the_system_does_not_deal_them_out() -> None:
     assert ranks.PORTS.stop <= int(DEALT_OUT.read_text().split()[0])
+    assert ranks.JOB_PORTS.stop <= ranks.PORTS.start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -11,8 +10,6 @@ from omegaconf import OmegaConf
 from sparsepilot import slurm
 from sparsepilot.ranks import ranks_here
 from sparsepilot.sweep_folder import SweepFolder, place_here
-
-RUN_ID = "SPARSEPILOT_RUN_ID"
 
 
 def register_resolvers() -> None:
@@ -42,8 +39,8 @@ def _started(what: str) -> int:
 def _run_id() -> str:
     """The Slurm job id, so that a requeued job finds its folder again and all tasks agree; else the time of day.
 
-    `${now:}` would do neither. Child processes of one run find the id in their environment."""
-    return os.environ.get(RUN_ID) or slurm.job() or _time_of_day()
+    `${now:}` would do neither."""
+    return slurm.job() or _time_of_day()
 
 
 def _time_of_day() -> str:
