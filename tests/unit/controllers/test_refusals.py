@@ -167,18 +167,31 @@ def test_a_default_trajectory_that_will_be_late_is_said() -> None:
     """Where it begins is known once the run has begun, so it is no error."""
     soon, late = (
         penalty(0.1, num_steps)._replace(slew=lambda samples: 0.026 / BATCH)  # narrow JumpReLU, learning rate 1e-3
-        for num_steps in (1000, 700)
+        for num_steps in (1700, 1500)
     )
-    controller = L0Target(target_l0=32)  # from 2,048 of 4,096 latents: 4.16 nats, 160 steps; a fifth of the run for it
+    controller = L0Target(target_l0=32, reach=0.1)  # from 2,048 of 4,096 latents: 4.16 nats, 160 steps; a tenth for it
     controller.bind(soon)
     assert controller.notes() == []
     controller.bind(late)
     (note,) = controller.notes()
     assert note.startswith(
-        "controller.reach = 0.2: from 2,048 latents, where runs about start, to 32 takes some 160 steps"
+        "controller.reach = 0.1: from 2,048 latents, where runs about start, to 32 takes some 160 steps"
     )
-    assert "until there are 140: give more samples or a smaller batch" in note
+    assert "until there are 150: give more samples or a smaller batch" in note
     controller.bind(late._replace(kind="k", low=1.0))  # a k is set
+    assert controller.notes() == []
+
+
+def test_a_run_too_short_to_settle_in_is_said_with_a_batch_that_would_do() -> None:
+    controller = L0Target(target_l0=32)
+    controller.bind(penalty(0.1, 1500))
+    assert controller.notes() == []
+    short = penalty(0.1, 600)
+    controller.bind(short)
+    (note,) = controller.notes()
+    assert "reached 480 steps before the end, and to rest there it may take 1,200" in note
+    assert note.endswith("a smaller batch (102 at most)")
+    controller.bind(short._replace(batch=102))
     assert controller.notes() == []
 
 
