@@ -37,6 +37,8 @@ class Seen(NamedTuple):
     """the set point that has held for it"""
     now: float
     """the set point from here on"""
+    planned: float
+    """nats by which it has moved since, where that was given beforehand"""
     mean_l0: float
     """of training, smoothed"""
     mean_set_point: float

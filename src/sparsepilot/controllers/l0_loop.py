@@ -122,7 +122,7 @@ class L0Loop:
         """ln(L0 / L0*), smoothed."""
         return self._error
 
-    def step(self, measured: Measured, was: float, now: float) -> float:
+    def step(self, measured: Measured, was: float, now: float, planned: float = 0.0) -> float:
         """One control step.
 
         Args:
@@ -130,6 +130,7 @@ class L0Loop:
             was: the set point that has held since; that of the measured step is so little away that both, averaged
                 alike, are compared.
             now: the set point from here on.
+            planned: nats by which it has moved since, where that was given beforehand.
         """
         batch, lag = self.plant.batch, self.lag
         keep = keep_of(batch, SMOOTH * lag)
@@ -140,7 +141,9 @@ class L0Loop:
         once = average(self._train_error[0], log_l0(measured.l0, over=was), keep)
         self._train_error = (once, average(self._train_error[1], once, keep))
         self._error = self._error_of(mean_l0)
-        upset = self.knob.turn(Seen(measured, was, now, mean_l0, self._mean_set_point, self._error, self.ratio))
+        upset = self.knob.turn(
+            Seen(measured, was, now, planned, mean_l0, self._mean_set_point, self._error, self.ratio)
+        )
         if upset and self._ratio_before is not None:  # that validation has seen what training had not felt yet
             self._log_ratio, _ = self._ratio_before
         self._ratio_before = _fresh(self._ratio_before, batch, FELT * lag)

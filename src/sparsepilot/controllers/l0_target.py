@@ -146,7 +146,8 @@ class L0Target(ClosedLoop):
             if self._given is None and self.plant.kind == "penalty" and self.loop.l0 is None:
                 was = max(measured.l0, self._target)  # the run starts here
             self._set_point = self._next(was, measured, samples)
-            self.strength = self.loop.step(measured, was, self._set_point)
+            planned = math.log(self._set_point / was) if self._given is not None else 0.0
+            self.strength = self.loop.step(measured, was, self._set_point, planned)
         return self.strength
 
     def _next(self, was: float, measured: Measured, samples: int) -> float:

@@ -131,6 +131,9 @@ class PenaltyKnob(Knob):
             self._pi = self._pi._replace(integral=braked, drift=0.0)
         # an error that will be gone within a lag at its present pace needs nothing more than what made it go
         hold = self._slewing or stays or self._motion.error_in_a_lag * error < 0
+        if self.plant.integrates:  # there is no drift term that would learn how fast a given set point moves
+            led = clamp(self._pi.integral - seen.planned / self._estimate.gain, gains.low, gains.high)
+            self._pi = self._pi._replace(integral=led)
         self._pi = pi_step(self._pi, error, batch, gains, hold=hold)
         self._steps += 1
         self.strength = self._faded_in()
