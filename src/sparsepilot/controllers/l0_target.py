@@ -13,6 +13,7 @@ from sparsepilot.controllers.base import Measured, Plant, refuse_part_of_a_laten
 from sparsepilot.controllers.closed_loop import ClosedLoop
 from sparsepilot.controllers.knob import lowest_l0
 from sparsepilot.controllers.l0_loop import L0Loop, LoopSettings
+from sparsepilot.controllers.laws import clamp
 from sparsepilot.controllers.trajectory import (
     REFERENCE,
     Breakpoints,
@@ -146,9 +147,16 @@ class L0Target(ClosedLoop):
             if self._given is None and self.plant.kind == "penalty" and self.loop.l0 is None:
                 was = max(measured.l0, self._target)  # the run starts here
             self._set_point = self._next(was, measured, samples)
-            planned = math.log(self._set_point / was) if self._given is not None else 0.0
+            planned = self._planned_move(was)
             self.strength = self.loop.step(measured, was, self._set_point, planned)
         return self.strength
+
+    def _planned_move(self, was: float) -> float:
+        """Of a given trajectory, in nats since the last step; no faster than the loop follows."""
+        if self._given is None:
+            return 0.0
+        most = FALLS_PER_LAG * self.plant.batch / self.loop.lag
+        return clamp(math.log(self._set_point / was), -most, most)
 
     def _next(self, was: float, measured: Measured, samples: int) -> float:
         plant = self.plant
