@@ -288,10 +288,10 @@ def test_the_pure_law_obeys_its_clamps_and_its_rate_for_any_errors(
 
 
 @law
-@given(st.builds(Simulated, **{**BASE, "gain": log_range(0.3, 3)}), st.floats(0.3, 1.5), st.booleans())
+@given(st.builds(Simulated, **{**BASE, "gain": log_range(0.3, 3)}), st.floats(0.3, 1.0), st.booleans())
 def test_a_set_point_that_jumps_up_is_no_collapse(plant: Simulated, jump: float, integrates: bool) -> None:
-    """A longer budget or a better cross-entropy can do that: L0 rises to it, and by no more than 15% beyond (12% on a
-    grid of gains and jumps; taken for a collapse, up to 13 times the set point)."""
+    """A longer budget or a better cross-entropy can do that: L0 rises to it, and by no more than 10% beyond, for jumps
+    of up to a nat (16% at 1.5 nats of a plant that integrates with a gain of 3)."""
     plant.lag = plant.gain / 0.01 if integrates else plant.lag
     low, high = plant.target, plant.target * math.exp(jump)
     controller = L0Target(trajectory=[(0.0, 2 * low), (0.2, low), (0.5, low), (0.5001, high), (1.0, high)])
@@ -299,7 +299,7 @@ def test_a_set_point_that_jumps_up_is_no_collapse(plant: Simulated, jump: float,
     before = drive(controller, plant, STEPS)
     after = drive(controller, plant, STEPS, first=STEPS)
     assert abs(math.log(before[-1] / low)) <= 0.05
-    assert max(after) < high * 1.15
+    assert max(after) < high * 1.1
     assert abs(math.log(after[-1] / high)) <= 0.05
 
 
