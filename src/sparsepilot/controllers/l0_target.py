@@ -95,6 +95,7 @@ class L0Target(ClosedLoop):
         return self._hurries(self._given) if self._given is not None else [*self._late(), *self._short()]
 
     def _late(self) -> list[str]:
+        """Of the default trajectory: where thresholds cannot fall as fast."""
         plant, start = self.plant, STARTS_AT * self.plant.d_sae
         can_fall = max(1e-12, steepest(plant, 0.0, self.reach) * plant.batch)  # a learning rate may still be 0 there
         steps = math.log(max(1.0, start / self._target)) / can_fall
@@ -147,8 +148,7 @@ class L0Target(ClosedLoop):
             if self._given is None and self.plant.kind == "penalty" and self.loop.l0 is None:
                 was = max(measured.l0, self._target)  # the run starts here
             self._set_point = self._next(was, measured, samples)
-            planned = self._planned_move(was)
-            self.strength = self.loop.step(measured, was, self._set_point, planned)
+            self.strength = self.loop.step(measured, was, self._set_point, self._planned_move(was))
         return self.strength
 
     def _planned_move(self, was: float) -> float:

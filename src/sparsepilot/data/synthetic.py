@@ -144,7 +144,7 @@ def build(
     if (Path(path) / MANIFEST_FILE).is_file():
         return Cache(path)
     writer = CacheWriter(path, rank, world)
-    own = [plan.shard_range(shard) for shard in range(rank, plan.num_shards, world)]
+    own = [plan.shard_range(shard) for shard in writer.own_shards()]
     num_own = sum(map(len, own))
     for rows in writer.shares():
         if rows.start == 0:

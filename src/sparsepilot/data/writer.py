@@ -98,7 +98,7 @@ class CacheWriter:
 
     def pending(self) -> list[range]:
         """The global row ranges, one per shard, that this rank still has to write."""
-        return [self.plan.shard_range(shard) for shard in self._own() if not self._is_whole(shard)]
+        return [self.plan.shard_range(shard) for shard in self.own_shards() if not self._is_whole(shard)]
 
     def shares(self, wait: Callable[[], None] = lambda: None) -> Iterator[range]:
         """Each of `pending()` in its turn, to be written before the next one is asked for.
@@ -106,12 +106,13 @@ class CacheWriter:
         Until then no other process writes it. One that another process is at just now is waited for, after a call of
         `wait`, and passed over where it is whole then.
         """
-        for shard in self._own():
+        for shard in self.own_shards():
             with self._turn(shard, wait) as mine:
                 if mine:
                     yield self.plan.shard_range(shard)
 
-    def _own(self) -> range:
+    def own_shards(self) -> range:
+        """The shards that this rank is to write, whole or not."""
         return range(self.rank, self.plan.num_shards, self.world)
 
     def _is_whole(self, shard: int) -> bool:
