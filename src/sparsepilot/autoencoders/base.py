@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from sparsepilot import losses
 from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.autoencoders.prefixes import Prefixes
+from sparsepilot.autoencoders.rescaling import Rescaling
 from sparsepilot.autoencoders.revival import NoRevival, Revival
 from sparsepilot.autoencoders.step import Dense, Knob, Moment, Response, Selection, Step, Sums
 from sparsepilot.autoencoders.weights import Weights
@@ -74,6 +75,8 @@ class Autoencoder(Weights, ABC):
     that a saturating penalty reaches one after the other."""
     slew_nats_per_lr: float | None = None
     """How far ln L0 can fall in one step, per unit of learning rate, however strong the penalty; None: not known."""
+    rescaling: Rescaling | None
+    """of all codes at inference; its `measures` are among the architecture's"""
     resampled_encoder_scale: float = 0.2
     """Norm of a resampled encoder row over the mean of the living ones (Bricken et al. 2023)."""
 
@@ -91,6 +94,7 @@ class Autoencoder(Weights, ABC):
         super().__init__(blocks, d_sae, shard or Shard(d_sae))
         self.revival = revival or NoRevival()
         self.prefixes = prefixes
+        self.rescaling = None
         self.tile_latents = tile_latents
         self.dense_above = dense_above
         self.half_product = half_product
@@ -288,13 +292,18 @@ class Autoencoder(Weights, ABC):
         zero = y_BD.new_zeros(())
         prefixes = zero
         if self.prefixes is None or now.inference:
-            y_hat_BD = self.shard.sum(decode(response.codes, self.W_dec)) + rest_BD
+            decoded_BD = self.shard.sum(decode(response.codes, self.W_dec))
+            y_hat_BD = (self._rescaled(decoded_BD) if now.inference else decoded_BD) + rest_BD
         else:
             ends = self.prefixes.ends(self.d_sae, now.seed, now.samples)
             y_hat_BGD = self.shard.sum(decode_prefixes(self.prefixes, response.codes, self.shard.ends(ends)))
             y_hat_BGD = y_hat_BGD + rest_BD[:, None]
             prefixes = (y_BD[:, None] - y_hat_BGD[:, :-1]).square().sum()
             y_hat_BD = y_hat_BGD[:, -1]
+        # of all latents; what `select` measures is not among them
+        measures = {name: self.shard.sum(value.detach()) for name, value in response.measures.items()}
+        if self.rescaling is not None and not now.inference:
+            measures |= self.rescaling.measure((y_hat_BD - rest_BD).detach(), (y_BD - rest_BD).detach())
         extras = []
         for extra in response.extras:
             W_dec_FD, added_BD = (self.W_dec.detach(), rest_BD.detach()) if extra.frozen else (self.W_dec, rest_BD)
@@ -307,13 +316,8 @@ class Autoencoder(Weights, ABC):
             zero if response.penalty is None else self.shard.sum(response.penalty),
             firings_F,
             tuple(extras),
-            tuple(self._measured(response, name, zero) for name in self.measures),
+            tuple(measures.get(name, zero) for name in self.measures),
         )
-
-    def _measured(self, response: Response, name: str, zero: Tensor) -> Tensor:
-        """The sum over all latents of what an architecture measures; zero where `select` did."""
-        found = response.measures.get(name)
-        return zero if found is None else self.shard.sum(found.detach())
 
     def _extra_weights(self) -> tuple[float, ...]:
         """Weights of `extra_terms`."""
@@ -342,7 +346,14 @@ class Autoencoder(Weights, ABC):
 
     def decode(self, codes_BF: Tensor) -> Tensor:
         """[B, d_out] scaled reconstruction of dense codes (without the skip's part)."""
-        return codes_BF @ self.W_dec + self.b_dec
+        return self._rescaled(codes_BF @ self.W_dec) + self.b_dec
+
+    def _rescaled(self, decoded: Tensor) -> Tensor:
+        return decoded if self.rescaling is None else decoded * self.rescaling.factor
+
+    def inference_tensors(self) -> dict[str, Tensor]:
+        tensors = super().inference_tensors()
+        return tensors if self.rescaling is None else {**tensors, "W_dec": self._rescaled(tensors["W_dec"])}
 
     def thresholds(self) -> Tensor:
         """[F] pre-activations above which latents fire."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsepilot.autoencoders.base import Common
 from sparsepilot.autoencoders.blocks import Blocks
 from sparsepilot.autoencoders.penalised import Penalised
+from sparsepilot.autoencoders.rescaling import Rescaling
 from sparsepilot.autoencoders.step import Dense, Moment, Response, Selection
 from sparsepilot.ops.product import EncoderProduct
 
@@ -59,6 +60,7 @@ class ReLU(Penalised):
         p_steps: PositiveInt = 15,
         p_start_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.25,
         decoder_norm: PositiveFloat = 0.1,
+        rescale: bool = False,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(blocks, d_sae, **common)
@@ -73,10 +75,13 @@ class ReLU(Penalised):
         self._p_step: int | None = None
         self._p_is_one, self._p_moves = True, False
         if penalty == "p":
-            self.measures = ("sparsity_at_next_p",)
+            self.measures += ("sparsity_at_next_p",)
             self.register_buffer("penalty_scale", torch.ones(()))
             self.register_buffer("p_step", torch.zeros((), dtype=torch.int64))
             self.register_buffer("p_2", torch.ones(2), persistent=False)
+        if rescale:
+            self.rescaling = Rescaling()
+            self.measures += self.rescaling.measures
         self.shrink_decoder_(decoder_norm)
 
     def select(self, product: Callable[..., EncoderProduct], now: Moment) -> Selection | Dense:
@@ -102,6 +107,8 @@ class ReLU(Penalised):
         return Response(codes, self.penalty_scale * total, measures={"sparsity_at_next_p": at_next})
 
     def close_step(self, terms: dict[str, Tensor], now: Moment) -> None:
+        if self.rescaling is not None:
+            self.rescaling.update(terms)
         if self.penalty != "p":
             return
         step, step_next = self._p_steps(now)
