@@ -32,7 +32,7 @@ ARCHITECTURES: dict[str, Make] = {
     "batchtopk": lambda blocks, **common: BatchTopK(blocks, F, 4.5, **common),
     "relu-l1": lambda blocks, **common: ReLU(blocks, F, 0.3, **common),
     "relu-tanh": lambda blocks, **common: ReLU(blocks, F, 0.3, penalty="tanh", **common),
-    "relu-log": lambda blocks, **common: ReLU(blocks, F, 0.3, penalty="log", **common),
+    "relu-log": lambda blocks, **common: ReLU(blocks, F, 0.3, penalty="log", rescale=True, **common),
     "relu-p": lambda blocks, **common: ReLU(blocks, F, 0.3, penalty="p", p_start_fraction=0.0, **common),
     "jumprelu-step": lambda blocks, **common: JumpReLU(blocks, F, 0.3, threshold=0.2, bandwidth=0.2, **common),
     "jumprelu-tanh": lambda blocks, **common: JumpReLU(blocks, F, 0.3, recipe="tanh", bandwidth=0.6, **common),
@@ -64,6 +64,8 @@ def make(architecture: str, blocks: str | Blocks, seed: int = 0, **common: Any) 
         if model._decoder_mask is not None:
             model.W_dec.mul_(model._decoder_mask)
         model.after_step()
+        if model.rescaling is not None:
+            model.rescaling.products_2.copy_(torch.tensor([2.0, 2.6]))
     return model
 
 

@@ -91,7 +91,7 @@ EVERY_KEY = {
     "nested": "{controller: {targets: [8, 4]}}",
     "gated": "{controller: {target: 0.5}}",
     "jump": "{controller: {target_l0: 6}}",
-    "relu": "{model: {penalty: p}}",
+    "relu": "{model: {penalty: p, rescale: true}}",
 }
 """Trainees that log all that planted data can, by what is their own beside the options below."""
 OPTIONS = (
