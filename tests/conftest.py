@@ -34,6 +34,7 @@ TINY = (
     "data.build.mean_active=4",
     "batch=256",
     "samples=5120",
+    "callbacks.validate_every_samples=2560",  # each validation is a checkpoint, too
     "logger=none",
     "report=false",
 )
@@ -136,7 +137,8 @@ def train_sites(compose_cfg: Compose, three_sites: Path, tmp_path: Path) -> Trai
 
     tiny = (
         "data=cache", f"data.path={three_sites}", "data.sites=[a,b,c]", "data.num_streams=8", "model.d_sae=48",
-        "batch=256", "samples=1024", "logger=none", "report=false", f"run_dir={tmp_path}/run",
+        "batch=256", "samples=1024", "callbacks.validate_every_samples=512", "logger=none", "report=false",
+        f"run_dir={tmp_path}/run",
     )  # fmt: skip
 
     def run(*overrides: str) -> dict[str, Any]:

@@ -147,8 +147,13 @@ def compare(name: str, sae: Dictionary, x: Tensor, theirs: dict[str, Tensor], fa
             failed[f"{name}: {what}"] = str(error)
 
 
-@pytest.mark.parametrize("tool", EXPORTS)
-def test_their_code_gives_our_numbers_on_our_exports(tmp_path: Path, tool: str) -> None:
+Jobs = list[dict[str, str]]
+Check = Callable[[list[dict[str, Tensor]], dict[str, str]], None]
+"""compares a tool's answers to `Jobs` with ours, and says where they differ"""
+
+
+def of_our_exports(tmp_path: Path, tool: str) -> tuple[Jobs, Check]:
+    """What we export the tool loads."""
     jobs, expected = [], {}
     for blocks, architectures in EXPORTS[tool].items():
         for architecture in architectures:
@@ -159,18 +164,19 @@ def test_their_code_gives_our_numbers_on_our_exports(tmp_path: Path, tool: str) 
             at = folder / "out" / written.folder
             expected[name] = (run, raw_rows(run.sae, folder), at)
             jobs.append({"folder": str(at), "x": str(folder / "x.safetensors"), "answer": str(folder / "answer")})
-    answers, failed = work(tool, tmp_path, jobs), {}
-    for (name, (run, x, at)), theirs in zip(expected.items(), answers, strict=True):
-        assert_same(theirs["y"], run.in_training(x), f"{name}: training", TOLERANCE)
-        compare(name, run.sae, x, theirs, failed)
-        compare(f"{name}, read back", sparsepilot.load(at), x, theirs, failed)
-    assert not failed
+
+    def check(answers: list[dict[str, Tensor]], failed: dict[str, str]) -> None:
+        for (name, (run, x, at)), theirs in zip(expected.items(), answers, strict=True):
+            assert_same(theirs["y"], run.in_training(x), f"{name}: training", TOLERANCE)
+            compare(name, run.sae, x, theirs, failed)
+            compare(f"{name}, read back", sparsepilot.load(at), x, theirs, failed)
+
+    return jobs, check
 
 
-@pytest.mark.parametrize("tool", IMPORTS)
-def test_our_code_gives_their_numbers_on_their_dictionaries(tmp_path: Path, tool: str) -> None:
-    x = torch.randn(ROWS, D, generator=torch.Generator().manual_seed(2)) + 0.5
-    save_file({"x": x}, tmp_path / "x.safetensors")
+def of_their_dictionaries(tmp_path: Path, tool: str) -> tuple[Jobs, Check]:
+    """What the tool saves we load."""
+    x = rows_of_theirs(tmp_path)
     jobs = [
         {"case": case, "folder": str(tmp_path / str(i) / "layers.3"), "x": str(tmp_path / "x.safetensors")}
         for i, case in enumerate(IMPORTS[tool])
@@ -178,10 +184,19 @@ def test_our_code_gives_their_numbers_on_their_dictionaries(tmp_path: Path, tool
     jobs = [{**job, "answer": f"{job['folder']}.answer"} for job in jobs]
     for job in jobs:
         Path(job["folder"]).parent.mkdir()
-    answers, failed = work(tool, tmp_path, jobs), {}
-    for job, theirs in zip(jobs, answers, strict=True):
-        compare(job["case"], sparsepilot.load(job["folder"]), x, theirs, failed)
-    assert not failed
+
+    def check(answers: list[dict[str, Tensor]], failed: dict[str, str]) -> None:
+        for job, theirs in zip(jobs, answers, strict=True):
+            compare(job["case"], sparsepilot.load(job["folder"]), x, theirs, failed)
+
+    return jobs, check
+
+
+def rows_of_theirs(folder: Path) -> Tensor:
+    """Rows for a dictionary of the tool's size."""
+    x = torch.randn(ROWS, D, generator=torch.Generator().manual_seed(2)) + 0.5
+    save_file({"x": x}, folder / "x.safetensors")
+    return x
 
 
 def released(write: Callable[[Path, dict[str, Tensor]], Any], folder: Path, **changes: Any) -> None:
@@ -209,9 +224,8 @@ OLDER_CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def test_older_releases_of_saelens_give_its_numbers(tmp_path: Path) -> None:
-    x = torch.randn(ROWS, D, generator=torch.Generator().manual_seed(2)) + 0.5
-    save_file({"x": x}, tmp_path / "x.safetensors")
+def of_older_releases_of_saelens(tmp_path: Path, tool: str) -> tuple[Jobs, Check]:
+    x = rows_of_theirs(tmp_path)
     jobs = []
     for name, cfg in OLDER_CONFIGS.items():
 
@@ -226,30 +240,31 @@ def test_older_releases_of_saelens_give_its_numbers(tmp_path: Path) -> None:
         released(write, tmp_path / name)
         jobs.append({"folder": str(tmp_path / name), "x": str(tmp_path / "x.safetensors")})
     jobs = [{**job, "answer": f"{job['folder']}.answer"} for job in jobs]
-    answers, failed = work("saelens", tmp_path, jobs), {}
-    for job, theirs in zip(jobs, answers, strict=True):
-        compare(job["folder"], sparsepilot.load(job["folder"]), x, theirs, failed)
-    assert not failed
+
+    def check(answers: list[dict[str, Tensor]], failed: dict[str, str]) -> None:
+        for job, theirs in zip(jobs, answers, strict=True):
+            compare(job["folder"], sparsepilot.load(job["folder"]), x, theirs, failed)
+
+    return jobs, check
 
 
-@pytest.mark.parametrize("tool", ["gemma_scope", "circuit_tracer"])
-def test_gemma_scope_gives_the_numbers_of_its_readers(tmp_path: Path, tool: str) -> None:
+def of_gemma_scope(tmp_path: Path, tool: str) -> tuple[Jobs, Check]:
     """sae-lens reads an SAE, circuit-tracer a transcoder; the arrays are the same."""
-    x = torch.randn(ROWS, D, generator=torch.Generator().manual_seed(2)) + 0.5
-    save_file({"x": x}, tmp_path / "x.safetensors")
+    x = rows_of_theirs(tmp_path)
     folder = tmp_path / ("transcoders" if tool == "circuit_tracer" else "saes")
     released(lambda at, tensors: np.savez(at / "params.npz", **{k: t.numpy() for k, t in tensors.items()}), folder)
     at = str(folder / "params.npz" if tool == "circuit_tracer" else folder)
-    (theirs,) = work(
-        tool, tmp_path, [{"folder": at, "x": str(tmp_path / "x.safetensors"), "answer": f"{folder}.answer"}]
-    )
-    sae, failed = sparsepilot.load(folder), {}
-    assert sae.cfg["blocks"] == ("transcoder" if tool == "circuit_tracer" else "autoencoder")
-    compare(at, sae, x, theirs, failed)
-    assert not failed
+
+    def check(answers: list[dict[str, Tensor]], failed: dict[str, str]) -> None:
+        sae = sparsepilot.load(folder)
+        assert sae.cfg["blocks"] == ("transcoder" if tool == "circuit_tracer" else "autoencoder")
+        compare(at, sae, x, answers[0], failed)
+
+    return [{"folder": at, "x": str(tmp_path / "x.safetensors"), "answer": f"{folder}.answer"}], check
 
 
-def test_a_set_of_transcoders_is_one_for_circuit_tracer(tmp_path: Path) -> None:
+def of_a_set_of_transcoders(tmp_path: Path, tool: str) -> tuple[Jobs, Check]:
+    """circuit-tracer reads three of them as one."""
     saes = []
     for layer in range(3):
         sae = trained(tmp_path / f"run{layer}", "jumprelu-step", "transcoder", seed=layer).sae
@@ -257,11 +272,37 @@ def test_a_set_of_transcoders_is_one_for_circuit_tracer(tmp_path: Path) -> None:
         saes.append(sae)
     export(saes, "circuit_tracer", tmp_path / "out")
     x = raw_rows(saes[0], tmp_path)
-    job = {"folder": str(tmp_path / "out"), "x": str(tmp_path / "x.safetensors"), "answer": str(tmp_path / "answer")}
-    (theirs,) = work("circuit_tracer", tmp_path, [job])
+
+    def check(answers: list[dict[str, Tensor]], failed: dict[str, str]) -> None:
+        (theirs,) = answers
+        for layer, sae in enumerate(saes):
+            compare(f"layer {layer}", sae, x, {what: value[layer] for what, value in theirs.items()}, failed)
+            back = sparsepilot.load(tmp_path / "out" / f"layer_{layer}.safetensors")
+            compare(
+                f"layer {layer}, read back", back, x, {what: value[layer] for what, value in theirs.items()}, failed
+            )
+
+    places = {"x": str(tmp_path / "x.safetensors"), "answer": str(tmp_path / "answer")}
+    return [{"folder": str(tmp_path / "out"), **places}], check
+
+
+ALSO = {
+    "saelens": (of_older_releases_of_saelens, of_gemma_scope),
+    "circuit_tracer": (of_gemma_scope, of_a_set_of_transcoders),
+}
+
+
+@pytest.mark.parametrize("tool", EXPORTS)
+def test_both_ways(tmp_path: Path, tool: str) -> None:
+    """One process of the tool answers all: it takes longer to import than to compute."""
+    makers = [of_our_exports, of_their_dictionaries, *ALSO.get(tool, ())]
+    made = []
+    for maker in makers:
+        folder = tmp_path / maker.__name__
+        folder.mkdir()
+        made.append(maker(folder, tool))
+    answers = iter(work(tool, tmp_path, [job for jobs, _ in made for job in jobs]))
     failed: dict[str, str] = {}
-    for layer, sae in enumerate(saes):
-        compare(f"layer {layer}", sae, x, {what: value[layer] for what, value in theirs.items()}, failed)
-        back = sparsepilot.load(tmp_path / "out" / f"layer_{layer}.safetensors")
-        compare(f"layer {layer}, read back", back, x, {what: value[layer] for what, value in theirs.items()}, failed)
+    for jobs, check in made:
+        check([next(answers) for _ in jobs], failed)
     assert not failed

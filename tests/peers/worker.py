@@ -42,6 +42,8 @@ def scramble(module: nn.Module, seed: int) -> None:
 
 
 def saelens_load(folder: str, x: Tensor) -> Answer:
+    if Path(folder, "params.npz").exists():
+        return gemma_load(folder, x)
     from sae_lens import SAE
 
     return saelens_answer(SAE.load_from_disk(folder), x)
@@ -231,7 +233,6 @@ def circuit_tracer_make(case: str, folder: str, x: Tensor) -> Answer:
 
 TOOLS: dict[str, tuple[Callable[..., Answer], Callable[..., Answer]]] = {
     "saelens": (saelens_load, saelens_make),
-    "gemma_scope": (gemma_load, saelens_make),
     "sparsify": (sparsify_load, sparsify_make),
     "dictionary_learning": (dictionary_learning_load, dictionary_learning_make),
     "circuit_tracer": (circuit_tracer_load, circuit_tracer_make),

@@ -351,6 +351,12 @@ class Autoencoder(Weights, ABC):
     def _rescaled(self, decoded: Tensor) -> Tensor:
         return decoded if self.rescaling is None else decoded * self.rescaling.factor
 
+    @torch.no_grad()
+    def adopt(self, tensors: dict[str, Tensor]) -> None:
+        super().adopt(tensors)
+        if self.rescaling is not None:  # what was measured is of other weights
+            self.rescaling.products_2.zero_()
+
     def inference_tensors(self) -> dict[str, Tensor]:
         tensors = super().inference_tensors()
         return tensors if self.rescaling is None else {**tensors, "W_dec": self._rescaled(tensors["W_dec"])}

@@ -186,7 +186,7 @@ def test_a_nan_row_stops_the_run_and_keeps_the_last_good_checkpoint(train_tiny, 
 
     monkeypatch.setattr(loader.TrainLoader, "_micro_batches", poisoned)
     with pytest.raises(NonFiniteError) as error:
-        train_tiny("callbacks.checkpoint_every_samples=1024")
+        train_tiny("callbacks.checkpoint_every_samples=512")
     message = str(error.value)
     assert "loss term 'recon' is not finite at step 13, samples 3072 to 3328" in message
     cache_row = Order(6000, 4096, 8, 6000, 0).batch_rows(3072, 256)[37]
