@@ -15,9 +15,12 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from parsed_once import parse_once
 
 from sparsepilot.config.resolvers import register_resolvers
 from sparsepilot.config.schema import register
+
+parse_once()
 
 if TYPE_CHECKING:
     from warm import Warm

@@ -30,6 +30,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from parsed_once import parse_ahead
+
 MODULES = (
     *("sparsepilot.run", "sparsepilot.config.cli", "sparsepilot.data.synthetic", "sparsepilot.reporting.report"),
     *("sparsepilot.analysis.features.build", "sparsepilot.lm.load", "transformers.models.llama.modeling_llama"),
@@ -42,6 +44,7 @@ def main() -> None:
     for name in MODULES:
         with contextlib.suppress(ImportError):  # the [lm] extra is not installed
             importlib.import_module(name)
+    parse_ahead()
     num_threads = len(list(Path("/proc/self/task").iterdir())) if Path("/proc/self/task").exists() else 1
     print(json.dumps({"threads": num_threads}), flush=True)
     gc.freeze()  # children would copy what they never use, page by page, each time they collect garbage

@@ -29,6 +29,7 @@ CASES: dict[str, tuple[str, ...]] = {
 """What else there is (tests/unit/parallel) needs no processes."""
 GRIDS = {"2": (2, 2), "4": (4, 4), "2x2": (4, 2)}
 """ranks, and how many of them share the latents"""
+GRIDS_OF = {"topk": GRIDS, "batchtopk": ("2x2",), "jumprelu": ("4",), "relu": ("2x2",)}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_ranks_that_share_latents_train_as_one(lab: Lab, tmp_path: Path, case: s
     one = lab.run(tmp_path / "one", 1, *CASES[case])
     assert one.ranks[0][-1]["step"] == (30 if case == "relu" else STEPS)
     assert any(row.get("train/dead_latents", 0) > 0 for row in one.rows)
-    for name in ("2x2",) if case == "relu" else GRIDS:
+    for name in GRIDS_OF[case]:
         world, num_shards = GRIDS[name]
         features = f"trainer.strategy.features={num_shards}"
         many = lab.run(tmp_path / name, world, *CASES[case], features, trainer="feature_parallel_cpu")
