@@ -359,7 +359,7 @@ class Autoencoder(Weights, ABC):
 
     def inference_tensors(self) -> dict[str, Tensor]:
         tensors = super().inference_tensors()
-        return tensors if self.rescaling is None else {**tensors, "W_dec": self._rescaled(tensors["W_dec"])}
+        return tensors if self.rescaling is None else {**tensors, "rescale": self.rescaling.factor}
 
     def thresholds(self) -> Tensor:
         """[F] pre-activations above which latents fire."""

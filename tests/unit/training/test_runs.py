@@ -431,7 +431,8 @@ def test_a_longer_budget_says_where_the_learning_rate_jumps(train_tiny, capsys) 
     "model",
     [
         ("model=jumprelu", "model.recipe=tanh"),
-        ("model=relu", "model.penalty=p", "model.p_start_fraction=0.0"),  # p moves after each of the four steps
+        # p moves after each of the four steps
+        ("model=relu", "model.penalty=p", "model.p_start_fraction=0.0", "model.rescale=true"),
     ],
     ids=["jumprelu", "relu, p-annealed"],
 )
