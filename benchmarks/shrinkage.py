@@ -2,7 +2,7 @@
 
     python benchmarks/shrinkage.py --cache cache/planted-1k runs/dynamics-50m runs/dynamics-constant
 
-Held-out rows of a cache with one site. With x about b_dec: `too small by` is the one factor that brings all
+Held-out rows of a cache with one site. With x about b_dec: `larger by` is the one factor that brings all
 reconstructions closest, <x, x_hat> / <x_hat, x_hat>, less 1; `FVU at that` is what is left then. (The inverse factor is
 gamma, the relative reconstruction bias of Rajamanoharan et al. 2024, arXiv 2404.16014, there about 0.)
 """
@@ -48,7 +48,7 @@ def main() -> None:
     cache = Cache(args.cache)
     (site,) = cache.widths
     x_BD = cache.read(site, cache.num_train_rows, cache.num_train_rows + cache.num_val_rows).float()
-    print("| run | L0 | FVU | codes too small by | FVU at that |", "|---|---|---|---|---|", sep="\n")
+    print("| run | L0 | FVU | codes want to be larger by | FVU at that |", "|---|---|---|---|---|", sep="\n")
     for run_dir in args.run_dirs:
         found = shrinkage(sparsepilot.load(run_dir), x_BD, cache.stats(site).mean_D)
         print(

@@ -37,7 +37,7 @@ TINY = (
     "data.build.mean_active=4",
     "batch=256",
     "samples=5120",
-    "callbacks.validate_every_samples=2560",  # each validation is a checkpoint, too
+    "callbacks.validate_every_samples=2560",  # not twenty times, once in each step
     "logger=none",
     "report=false",
 )

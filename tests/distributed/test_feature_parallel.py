@@ -22,14 +22,20 @@ CASES: dict[str, tuple[str, ...]] = {
         *("controller=l0_target", "controller.target_l0=0.2"),
     ),
     "relu": (
-        *("model=relu", "model.coefficient=60", f"samples={30 * BATCH}", "model/revival=resample"),
+        *(
+            "model=relu",
+            "model.rescale=true",
+            "model.coefficient=60",
+            f"samples={30 * BATCH}",
+            "model/revival=resample",
+        ),
         *("model.revival.every_samples=1280", "model.revival.until=1", "accumulate=2"),
     ),
 }
 """What else there is (tests/unit/parallel) needs no processes."""
 GRIDS = {"2": (2, 2), "4": (4, 4), "2x2": (4, 2)}
 """ranks, and how many of them share the latents"""
-GRIDS_OF = {"topk": GRIDS, "batchtopk": ("2x2",), "jumprelu": ("4",), "relu": ("2x2",)}
+GRIDS_OF = {"topk": GRIDS, "batchtopk": ("4",), "jumprelu": ("2x2",), "relu": ("2x2",)}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +60,7 @@ def assert_one_dictionary(run: Run, num_shards: int) -> None:
             first_of_column, first = ranks[number % num_shards], ranks[0]
             assert rank["digests"] == first_of_column["digests"]
             differing = {name for name in first["digests"] if rank["digests"][name] != first["digests"][name]}
-            alike = ("b_dec", "coherence", ".threshold", "mean_sq_residual", "dead.samples")
+            alike = ("b_dec", "coherence", ".threshold", "mean_sq_residual", "dead.samples", "products_2")
             assert not {name for name in differing if name.endswith(alike)}
             assert rank["strength"] == first["strength"]
             assert rank["without_gradient"] == []

@@ -69,7 +69,7 @@ class Autoencoder(Weights, ABC):
     extra_terms: tuple[str, ...] = ()
     """Names of `Response.extras`."""
     measures: tuple[str, ...] = ()
-    """Names of `Response.measures`, and of what `select` measures."""
+    """Names of `Response.measures`, of what `select` measures, and of `Rescaling.measures`."""
     integrates: bool = False
     """Whether L0 goes on moving, at a pace, while the penalty is off its balance: thresholds under Adam do, and codes
     that a saturating penalty reaches one after the other."""
@@ -292,8 +292,8 @@ class Autoencoder(Weights, ABC):
         zero = y_BD.new_zeros(())
         prefixes = zero
         if self.prefixes is None or now.inference:
-            decoded_BD = self.shard.sum(decode(response.codes, self.W_dec))
-            y_hat_BD = (self._rescaled(decoded_BD) if now.inference else decoded_BD) + rest_BD
+            # nothing here has a name of its own: a row's tensor would live on until the end of the step
+            y_hat_BD = self._as_used(self.shard.sum(decode(response.codes, self.W_dec)), now) + rest_BD
         else:
             ends = self.prefixes.ends(self.d_sae, now.seed, now.samples)
             y_hat_BGD = self.shard.sum(decode_prefixes(self.prefixes, response.codes, self.shard.ends(ends)))
@@ -303,7 +303,7 @@ class Autoencoder(Weights, ABC):
         # of all latents; what `select` measures is not among them
         measures = {name: self.shard.sum(value.detach()) for name, value in response.measures.items()}
         if self.rescaling is not None and not now.inference:
-            measures |= self.rescaling.measure((y_hat_BD - rest_BD).detach(), (y_BD - rest_BD).detach())
+            measures |= self.rescaling.measure(y_hat_BD.detach(), y_BD, rest_BD.detach())
         extras = []
         for extra in response.extras:
             W_dec_FD, added_BD = (self.W_dec.detach(), rest_BD.detach()) if extra.frozen else (self.W_dec, rest_BD)
@@ -346,10 +346,12 @@ class Autoencoder(Weights, ABC):
 
     def decode(self, codes_BF: Tensor) -> Tensor:
         """[B, d_out] scaled reconstruction of dense codes (without the skip's part)."""
-        return self._rescaled(codes_BF @ self.W_dec) + self.b_dec
+        decoded_BD = codes_BF @ self.W_dec
+        return (decoded_BD if self.rescaling is None else decoded_BD * self.rescaling.factor) + self.b_dec
 
-    def _rescaled(self, decoded: Tensor) -> Tensor:
-        return decoded if self.rescaling is None else decoded * self.rescaling.factor
+    def _as_used(self, decoded_BD: Tensor, now: Moment) -> Tensor:
+        """Decoded latents with the factor that they have at inference alone."""
+        return decoded_BD * self.rescaling.factor if now.inference and self.rescaling is not None else decoded_BD
 
     @torch.no_grad()
     def adopt(self, tensors: dict[str, Tensor]) -> None:
@@ -359,7 +361,7 @@ class Autoencoder(Weights, ABC):
 
     def inference_tensors(self) -> dict[str, Tensor]:
         tensors = super().inference_tensors()
-        return tensors if self.rescaling is None else {**tensors, "rescale": self.rescaling.factor}
+        return tensors if self.rescaling is None else {**tensors, "codes_factor": self.rescaling.factor}
 
     def thresholds(self) -> Tensor:
         """[F] pre-activations above which latents fire."""

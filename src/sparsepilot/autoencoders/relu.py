@@ -39,6 +39,8 @@ class ReLU(Penalised):
         decoder_norm: of decoder and encoder rows at the start.
         p_end: where p ends.
         p_steps: in so many equal steps, from `p_start_fraction` of the budget to its end.
+        rescale: at inference, and in what is exported, all codes times one factor, which undoes what the penalty takes
+            from their size (`Rescaling`).
     """
 
     architecture = "relu"

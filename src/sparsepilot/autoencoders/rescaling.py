@@ -12,10 +12,10 @@ MOMENTUM = 0.95
 class Rescaling(nn.Module):
     """One factor on all codes, the one that brings reconstructions closest to their targets.
 
-    With d = sum_i f_i W_dec[i] and z = y - y_hat + d, what is left for it to reconstruct, E||z - c d||^2 is smallest at
-    c = E<z, d> / E<d, d>. A penalty on the size of codes makes it larger than 1 (Wright & Sharkey 2024, "Addressing
+    With d = sum_i f_i W_dec[i] and z = y - b_dec what it is to be (less the skip's part), E||z - c d||^2 is smallest at
+    c = E<z, d> / E<d, d>. A penalty on the size of codes makes that larger than 1 (Wright & Sharkey 2024, "Addressing
     feature suppression in SAEs"; 1 / c is the relative reconstruction bias of Rajamanoharan et al. 2024, arXiv
-    2404.16014). Training does not see it: a factor that the penalty does not reach would let codes go to zero. Which
+    2404.16014). The loss never has it: a factor that the penalty does not reach would let codes go to zero. Which
     latents are active does not change.
     """
 
@@ -34,9 +34,12 @@ class Rescaling(nn.Module):
         return torch.where((squared > 0) & (times_target > 0), times_target / squared, 1.0)
 
     @torch.no_grad()
-    def measure(self, d_BD: Tensor, z_BD: Tensor) -> dict[str, Tensor]:
-        """Sums over rows of <d, d> and <z, d>, by the names in `measures`."""
-        return dict(zip(self.measures, ((d_BD * d_BD).sum(), (z_BD * d_BD).sum()), strict=True))
+    def measure(self, y_hat_BD: Tensor, y_BD: Tensor, rest_BD: Tensor) -> dict[str, Tensor]:
+        """Sums over rows of <d, d> and <z, d>, by the names in `measures`; `rest` is b_dec and the skip's part."""
+        d_BD = y_hat_BD - rest_BD
+        # row by row: a product of all would be one more tensor of the size of the rows
+        sums = [torch.linalg.vecdot(d_BD, d_BD).sum(), torch.linalg.vecdot(y_BD - rest_BD, d_BD).sum()]
+        return dict(zip(self.measures, sums, strict=True))
 
     @torch.no_grad()
     def update(self, terms: dict[str, Tensor]) -> None:

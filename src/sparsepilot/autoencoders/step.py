@@ -41,7 +41,7 @@ class Moment(NamedTuple):
     seed: int = 0
     """of the run; what is random in a step is seeded from it and `samples`"""
     inference: bool = False
-    """activations as at inference: BatchTopK's threshold, no annealing"""
+    """as at inference: BatchTopK's threshold, no annealing, rescaled codes"""
 
 
 class Selection(NamedTuple):

@@ -177,7 +177,9 @@ class Weights(nn.Module):
     def whole_tensors(self) -> dict[str, Tensor]:
         """`inference_tensors` of the whole dictionary; those with rows for latents that others hold are DTensors."""
         return {
-            name: tensor if self.shard.is_whole or name in ("b_dec", "b_in", "W_skip", "rescale") else spread(tensor)
+            name: tensor
+            if self.shard.is_whole or name in ("b_dec", "b_in", "W_skip", "codes_factor")
+            else spread(tensor)
             for name, tensor in self.inference_tensors().items()
         }
 

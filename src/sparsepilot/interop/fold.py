@@ -22,7 +22,8 @@ def fold(cfg: dict[str, Any], tensors: dict[str, Tensor], scale_in_D: Tensor, sc
         W_enc_i <- n_i s_in W_enc_i    b_enc_i <- n_i b_enc_i    threshold_i <- n_i threshold_i
         W_dec_i <- W_dec_i / (s_out n_i), a unit row              b_dec <- b_dec / s_out
 
-    Where there is a `rescale`, the factor of all codes at inference, codes have n_i times that.
+    With `codes_factor`, a scalar c that all codes have at inference: c n_i in place of n_i for W_enc, b_enc and
+    threshold, and the same W_dec.
     TopK takes one n for all latents, since a latent's place among the others must not change. A transcoder's b_in goes
     into b_enc and b_mag (and the skip's share of it into b_dec); an autoencoder's is its b_dec.
 
@@ -38,7 +39,7 @@ def fold(cfg: dict[str, Any], tensors: dict[str, Tensor], scale_in_D: Tensor, sc
     norms_F = torch.cat([(tensors["W_dec"][block].double() / s_out).norm(dim=1) for block in blocks]).clamp_min(1e-30)
     if cfg["architecture"] in PER_ROW:
         norms_F = norms_F.mean().expand_as(norms_F)
-    codes_F = norms_F * tensors["rescale"].double() if "rescale" in tensors else norms_F
+    codes_by_F = norms_F * tensors["codes_factor"].double() if "codes_factor" in tensors else norms_F
     b_in_D = None
     if cfg["blocks"] in ("transcoder", "cross_layer_transcoder"):
         b_in_D = tensors["b_in"].double() / s_in
@@ -52,7 +53,7 @@ def fold(cfg: dict[str, Any], tensors: dict[str, Tensor], scale_in_D: Tensor, sc
     for block in blocks:
         part = _fold_block(
             {name: tensor[block].double() for name, tensor in own.items()},
-            norms_F[block], codes_F[block], scales_FD[block], s_out, None if shifts_FD is None else shifts_FD[block],
+            norms_F[block], codes_by_F[block], scales_FD[block], s_out, None if shifts_FD is None else shifts_FD[block],
         )  # fmt: skip
         folded["W_enc"][:, block] = part.pop("W_enc").T
         for name, values in part.items():
@@ -69,18 +70,18 @@ def fold(cfg: dict[str, Any], tensors: dict[str, Tensor], scale_in_D: Tensor, sc
 def _fold_block(
     tensors: dict[str, Tensor],
     norms_F: Tensor,
-    codes_F: Tensor,
+    codes_by_F: Tensor,
     scales_FD: Tensor,
     s_out: Tensor,
     shifts_FD: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The formulas of `fold` for some of the latents, in fp64; W_enc as [F, width]. Codes are multiplied by `codes`."""
+    """The formulas of `fold` for some of the latents, in fp64, codes times `codes_by`; W_enc as [F, width]."""
     folded = {
-        "W_enc": codes_F[:, None] * scales_FD * tensors["W_enc"],
-        "b_enc": codes_F * tensors["b_enc"],
+        "W_enc": codes_by_F[:, None] * scales_FD * tensors["W_enc"],
+        "b_enc": codes_by_F * tensors["b_enc"],
         "W_dec": tensors["W_dec"] / s_out / norms_F[:, None],
     }
-    folded |= {name: codes_F * tensors[name] for name in ("threshold", "b_mag") if name in tensors}
+    folded |= {name: codes_by_F * tensors[name] for name in ("threshold", "b_mag") if name in tensors}
     if "r_mag" in tensors:
         folded["r_mag"] = tensors["r_mag"]
     if shifts_FD is not None:

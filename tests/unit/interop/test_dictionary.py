@@ -53,7 +53,9 @@ def test_raw_inputs_give_what_training_had_scaled(tmp_path: Path, architecture: 
         assert_same(y_hat_BD, step.y_hat_BD / scale_out_D, "reconstruction", 1e-4)
         assert torch.equal((codes_BF > 0).sum(0), step.firings_F)
         # a raw code is a scaled one times the norm that its decoder row gave up
-        norms_F = (model.W_dec / scale_out_D).norm(dim=1) * model.inference_tensors().get("rescale", torch.ones(()))
+        norms_F = (model.W_dec / scale_out_D).norm(dim=1) * model.inference_tensors().get(
+            "codes_factor", torch.ones(())
+        )
         if architecture.startswith("topk"):
             norms_F = norms_F.mean().expand(F)
         else:

@@ -102,7 +102,7 @@ def test_resampling_brings_latents_back_and_resumes_bit_for_bit(train_tiny, tmp_
         "samples=25600",
         "callbacks.checkpoint_every_samples=6400",
     )
-    words = (*words, "callbacks.keep_last=4")
+    words = (*words, "callbacks.keep_last=10")
     resampled = ("model/revival=resample", "model.revival.encoder_scale=1.0")
     without = train_tiny(*words, "model/revival=none", f"run_dir={tmp_path}/none")
     whole = train_tiny(*words, *resampled, f"run_dir={tmp_path}/whole")
@@ -113,5 +113,6 @@ def test_resampling_brings_latents_back_and_resumes_bit_for_bit(train_tiny, tmp_
     for samples, path in list_checkpoints(tmp_path / "whole" / "checkpoints"):
         if samples > 12800:
             path.unlink()
+    assert list_checkpoints(tmp_path / "whole" / "checkpoints")
     train_tiny(*words, *resampled, f"run_dir={tmp_path}/whole")
     assert (tmp_path / "whole" / "sae.safetensors").read_bytes() == final
