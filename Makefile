@@ -36,11 +36,12 @@ test-fast: $(READY)  ## the tests that take seconds
 peers: $(PEERS)/.installed  ## make .venv-peers, the tools whose formats tests/peers writes and reads
 
 # torchvision, which one of them asks for, breaks `import transformers` beside a CPU torch; circuit-tracer asks for an
-# older transformers than the others, which its readers of weights do not need
+# older transformers than the others, which its readers of weights do not need. Not compiled: of all that they bring a
+# small part is ever imported
 $(PEERS)/.installed: tests/peers/constraints.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch sae-lens eai-sparsify dictionary-learning
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c $< --no-deps circuit-tracer
+	$(PEERS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c $< torch sae-lens eai-sparsify dictionary-learning
+	$(PEERS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c $< --no-deps circuit-tracer
 	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@
 
@@ -49,7 +50,7 @@ saebench: $(BENCH)/.installed  ## make .venv-saebench, whose evaluation tests/pe
 # it needs a numpy below 2; torchvision goes for the reason above
 $(BENCH)/.installed: tests/peers/constraints-saebench.txt
 	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch sae-bench
+	$(BENCH)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c $< torch sae-bench
 	$(BENCH)/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@
 
