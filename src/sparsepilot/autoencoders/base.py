@@ -293,7 +293,7 @@ class Autoencoder(Weights, ABC):
         prefixes = zero
         if self.prefixes is None or now.inference:
             # nothing here has a name of its own: a row's tensor would live on until the end of the step
-            y_hat_BD = self._as_used(self.shard.sum(decode(response.codes, self.W_dec)), now) + rest_BD
+            y_hat_BD = self._as_used(self.shard.sum(decode(response.codes, self.W_dec)), now.inference) + rest_BD
         else:
             ends = self.prefixes.ends(self.d_sae, now.seed, now.samples)
             y_hat_BGD = self.shard.sum(decode_prefixes(self.prefixes, response.codes, self.shard.ends(ends)))
@@ -346,12 +346,11 @@ class Autoencoder(Weights, ABC):
 
     def decode(self, codes_BF: Tensor) -> Tensor:
         """[B, d_out] scaled reconstruction of dense codes (without the skip's part)."""
-        decoded_BD = codes_BF @ self.W_dec
-        return (decoded_BD if self.rescaling is None else decoded_BD * self.rescaling.factor) + self.b_dec
+        return self._as_used(codes_BF @ self.W_dec, inference=True) + self.b_dec
 
-    def _as_used(self, decoded_BD: Tensor, now: Moment) -> Tensor:
+    def _as_used(self, decoded_BD: Tensor, inference: bool) -> Tensor:
         """Decoded latents with the factor that they have at inference alone."""
-        return decoded_BD * self.rescaling.factor if now.inference and self.rescaling is not None else decoded_BD
+        return decoded_BD * self.rescaling.factor if inference and self.rescaling is not None else decoded_BD
 
     @torch.no_grad()
     def adopt(self, tensors: dict[str, Tensor]) -> None:
